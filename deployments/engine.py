@@ -1,0 +1,232 @@
+"""The Engine: one vLLM engine in one Serve replica. The only file that starts an engine.
+
+A request comes in as a streaming Serve call of two messages, `Accepted` and `End`, open for the whole generation: so
+Serve itself queues, counts ongoing requests for autoscaling, drains and cancels. Tokens leave by the token channel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+from deployments import messages as m
+from deployments.config import FleetConfig, ModelConfig
+from deployments.fleet.channel import ChannelError, EngineEnd, Link, Metrics
+from deployments.metrics import RayMetrics
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+
+logger = logging.getLogger("ray.serve.groundswell.engine")
+
+
+class EngineUnhealthy(Exception):
+    """EngineCore is dead or hung; Serve replaces the replica."""
+
+
+class _Run:
+    """One execution: numbers its deltas and hands them to its Router's link. Satisfies `seam.token_engine.Sink`."""
+
+    def __init__(self, stream: int, link: Link, touch: Callable[[Link], None]) -> None:
+        from deployments.seam.wire import Delta
+
+        self._delta = Delta
+        self.stream, self.execution = stream, secrets.randbits(62)
+        self.done: asyncio.Future[m.End] = asyncio.get_running_loop().create_future()
+        self._link, self._touch = link, touch
+        self._indexes: dict[str, int] = {}
+        self._open: set[int] = set()
+        self._sequence = -1
+
+    def adopt(self, requests: list[EngineCoreRequest]) -> list[str]:
+        """Give the sequences ids that no other run in this engine has; return those."""
+        for index, request in enumerate(requests):
+            request.request_id = f"{request.request_id}.{self.execution:x}"
+            self._indexes[request.request_id] = index
+        self._open = set(self._indexes.values())
+        return list(self._indexes)
+
+    def ids(self, index: int) -> list[str]:
+        """Return the ids of sequence `index`, or of all for -1."""
+        return [i for i, n in self._indexes.items() if index in (-1, n)]
+
+    def deliver(self, output: EngineCoreOutput, weight_version: str | None) -> None:
+        index = self._indexes[output.request_id]
+        output.request_id = str(index)
+        output.events = output.trace_headers = None  # engine-side statistics have used them
+        self._sequence += 1
+        self._link.pending.append((weight_version, self._delta(self.stream, self.execution, self._sequence, output)))
+        self._touch(self._link)
+        if output.finish_reason is not None:
+            self.close(index, m.FINISHED)
+
+    def put(self, output: Any) -> None:
+        if isinstance(output, Exception):
+            self.end(m.FAILED, "the engine died")
+
+    def close(self, index: int, outcome: str) -> None:
+        """One sequence (-1: all) wants no more steps; the run ends with the last of them."""
+        self._open -= {index} if index >= 0 else self._open.copy()
+        if not self._open:
+            self.end(outcome)
+
+    def end(self, outcome: str, message: str = "", param: str | None = None) -> None:
+        if not self.done.done():
+            self.done.set_result(m.End(self._sequence, outcome, message, param))
+
+
+class Engine:
+    """Made a deployment in `app.py`.
+
+    Args:
+        model: The model to serve.
+        fleet: Bounds and timeouts.
+        num_gpus: What Ray gives this actor; 0 on CPUs.
+    """
+
+    async def __init__(self, model: ModelConfig, fleet: FleetConfig, num_gpus: float) -> None:  # type: ignore[misc]
+        os.environ.update(model.env)
+        from ray import serve
+
+        from deployments.seam import logs
+
+        logs.join_serves()
+        from deployments.seam.args import parse_args
+        from deployments.seam.token_engine import TokenEngine
+        from deployments.seam.wire import Codec
+
+        self._model, self._config = model, fleet
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._metrics: Metrics = RayMetrics()
+        self._codec = Codec()
+        self._runs: dict[int, _Run] = {}
+        self._touched: set[Link] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        logger.info("Loading model %s (%s)", model.name, model.engine_args["model"])
+        args = parse_args(model.name, model.engine_args, model.frontend_args)
+        self._llm = await TokenEngine.start(args, num_gpus=num_gpus, on_step=self._flush)
+        self._channel = EngineEnd(fleet, self._replica, beat=self._beat, on_abort=self._on_abort, metrics=self._metrics)
+        self._watch = asyncio.get_running_loop().create_task(self._exit_with_engine_core())
+        logger.info("Model %s is ready", model.name)
+
+    async def generate(
+        self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: None = None
+    ) -> AsyncIterator[m.Accepted | m.End]:
+        """Run one request, generation or pooling alike.
+
+        Args:
+            frames: The request's sequences, as `seam.wire.Codec` made them.
+            channel: Where the deltas go.
+            stream: The Router's name for this attempt.
+            ticket: The Fleet's ranking, used up on the way here.
+        """
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            link = await self._channel.link(channel)
+        except ChannelError as error:
+            yield m.End(-1, m.FAILED, str(error))
+            return
+        run = _Run(stream, link, lambda link: self._touched.add(link))
+        self._runs[run.execution] = run
+        link.runs[run.execution] = lambda reason: run.end(m.ABORTED, reason)
+        ids: list[str] = []
+        outcome = "cancelled"
+        try:
+            requests = self._codec.decode_requests(frames)
+            ids = run.adopt(requests)
+            yield m.Accepted(self._replica, run.execution)
+            for request in requests:
+                await self._llm.add(request, run)
+            end = await run.done
+            outcome = end.outcome
+            yield end
+        except VLLMClientError as error:
+            outcome = m.REFUSED
+            yield m.End(-1, m.REFUSED, str(error), getattr(error, "parameter", None))
+        except Exception:
+            outcome = m.FAILED
+            logger.exception("Request %s failed in the engine", ids[0] if ids else "?")
+            yield m.End(-1, m.FAILED, "the engine had an internal error")
+        finally:
+            self._runs.pop(run.execution, None)
+            link.runs.pop(run.execution, None)
+            self._metrics.inc("engine_executions", model=self._model.name, outcome=outcome)
+            if outcome != m.FINISHED:
+                await asyncio.shield(self._llm.abort(ids))
+
+    def _flush(self) -> None:
+        """Send what this engine step produced: one message to each Router that has a stream in it."""
+        touched, self._touched = self._touched, set()
+        for link in touched:
+            pending, link.pending = link.pending, []
+            if pending:
+                link.send(m.DELTAS, self._codec.encode_deltas(pending[0][0], [delta for _, delta in pending]))
+
+    def _on_abort(self, abort: m.Abort) -> None:
+        run = self._runs.get(abort.execution)
+        if run is not None and run.stream == abort.stream:
+            task = asyncio.get_running_loop().create_task(self._abort(run, abort.index))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _abort(self, run: _Run, index: int) -> None:
+        await self._llm.abort(run.ids(index))
+        run.close(index, m.ABORTED)
+
+    def _beat(self) -> m.Heartbeat:
+        stats = self._llm.stats
+        return m.Heartbeat(
+            m.VERSION,
+            self._replica,
+            self._model.name,
+            stats.running,
+            stats.waiting,
+            stats.kv_cache_usage,
+            self._llm.seconds_since_step,
+            self._llm.unfinished,
+        )
+
+    async def join(self, channel: m.ChannelAddress) -> m.EngineDescription:
+        """Connect to a Router's channel ahead of its first request; return what only a running engine knows."""
+        await self._channel.link(channel)
+        return m.EngineDescription(replica=self._replica, pid=os.getpid(), **await self._llm.describe())
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes. For `handle.broadcast`."""
+        return await self._llm.reset_prefix_cache()
+
+    def check_health(self) -> None:
+        """Called by Serve. A busy engine is healthy: only death, or work without a step for too long, is not.
+
+        Raises:
+            EngineUnhealthy: Serve replaces this replica.
+        """
+        if self._llm.errored:
+            raise EngineUnhealthy("EngineCore is dead")
+        stalled_s = self._llm.seconds_since_step
+        if self._llm.unfinished and stalled_s > self._config.engine_stall_timeout_s:
+            raise EngineUnhealthy(
+                f"{self._llm.unfinished} requests wait and EngineCore made no step for {stalled_s:.0f} s"
+            )
+
+    async def _exit_with_engine_core(self) -> None:
+        """Leave as soon as EngineCore is dead: health checks would take seconds to notice, and requests with them."""
+        while not self._llm.errored:  # noqa: ASYNC110  (vLLM keeps it as a flag)
+            await asyncio.sleep(0.2)
+        logger.error("EngineCore of model %s is dead; this replica exits", self._model.name)
+        for run in list(self._runs.values()):
+            run.end(m.FAILED, "the engine died")
+        await asyncio.sleep(0.5)  # lets the last `End` leave
+        os._exit(1)
+
+    def __del__(self) -> None:
+        """Called by Serve after the replica has drained."""
+        if hasattr(self, "_watch"):
+            self._watch.cancel()
+            self._channel.close()
+            self._llm.shutdown()

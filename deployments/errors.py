@@ -1,0 +1,81 @@
+"""Errors that own their HTTP status and their public words.
+
+Anything else that escapes becomes an opaque 500: what a client reads is only ever a message written here on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The deployment's configuration cannot work. Raised while deploying, never while serving."""
+
+
+class PublicError(Exception):
+    """An error a client may read.
+
+    Args:
+        message: What went wrong and, where there is one, the way out. No paths, no tracebacks.
+        param: The request field at fault, as in OpenAI's error object.
+        retry_after_s: Honest number of seconds after which a retry may succeed.
+    """
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error object."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Return the HTTP headers that belong to this error."""
+        if self.retry_after_s is None:
+            return {}
+        return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+class BadRequest(PublicError):
+    status, type = 400, "invalid_request_error"
+
+
+class NotFound(PublicError):
+    status, type = 404, "invalid_request_error"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class MethodNotAllowed(PublicError):
+    status, type = 405, "invalid_request_error"
+
+
+class PayloadTooLarge(PublicError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class NotSupportedByFleet(PublicError):
+    """A feature that needs state in one engine, which a fleet does not have."""
+
+    status, type, code = 501, "not_implemented_error", "not_supported_by_fleet"
+
+
+class Overloaded(PublicError):
+    """The Router holds as much work as it may: refused before any of it was done."""
+
+    status, type, code = 429, "overloaded_error", "overloaded"
+
+
+class EngineUnavailable(PublicError):
+    """No engine can take or finish the request now; a retry may."""
+
+    status, type, code = 503, "server_error", "engine_unavailable"

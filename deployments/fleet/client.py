@@ -1,0 +1,414 @@
+"""The Fleet: all engine replicas of one model, driven as if they were one engine.
+
+A request flies like this (`Flight`): book a place, call an Engine through Serve, hear `accepted`, take deltas from the
+token channel, hear `end`, and wait, bounded, for deltas that are still on their way. An engine's failure places the
+request again while nothing has reached the client; the client's own failure never does.
+
+Knows no vLLM (requests are frames, outputs are opaque) and no Ray (an engine call is a function passed in).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
+
+from deployments import messages as m
+from deployments.config import FleetConfig
+from deployments.errors import BadRequest, EngineUnavailable, PublicError
+from deployments.fleet.admission import Admission
+from deployments.fleet.channel import Frames, Metrics, RouterEnd
+from deployments.fleet.placement import Booking, Ledger
+
+logger = logging.getLogger("ray.serve.groundswell.fleet")
+
+
+class DeltaLike(Protocol):
+    """`deployments.seam.wire.Delta`, as far as the Fleet looks into it."""
+
+    stream: int
+    execution: int
+    sequence: int
+    output: Any
+
+
+class BatchLike(Protocol):
+    """`deployments.seam.wire.DeltaBatch`, as far as the Fleet looks into it."""
+
+    @property
+    def weight_version(self) -> str | None: ...
+
+    @property
+    def deltas(self) -> Sequence[Any]: ...
+
+
+class Submission(Protocol):
+    """One request, as the seam hands it in."""
+
+    request_id: str
+    prompt_tokens: int
+    sequences: int
+
+    def encode(self) -> list[bytes]:
+        """Return the frames for the next attempt."""
+
+    def deliver(self, output: Any, weight_version: str | None) -> list[int]:
+        """Take one output; return indexes of sequences that ended here but still run in the engine."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the client has, or can have, all it asked for."""
+
+    @property
+    def restartable(self) -> bool:
+        """Whether a second run from the start would be invisible: nothing has reached the client."""
+
+    def fail(self, error: PublicError) -> None:
+        """End the request with an error the client reads."""
+
+
+class EngineCall(Protocol):
+    """An open Serve call: `Accepted`, then `End`."""
+
+    def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]: ...
+
+    def cancel(self) -> None: ...
+
+
+class Ticket:
+    """Carries the Fleet's ranking to our `RequestRouter`, as an argument of the Serve call.
+
+    It ranks when Serve asks, with the replicas Serve knows at that moment, and books the place at once. On the wire it
+    becomes None: engines have no use for it.
+    """
+
+    def __init__(self, ledger: Ledger, booking: Booking, avoid: frozenset[str]) -> None:
+        self._ledger, self._booking, self._avoid = ledger, booking, avoid
+
+    def rank(self, candidates: list[str]) -> list[str]:
+        """Return replica ids, best first; replicas that have just failed this request come last."""
+        fresh = [c for c in candidates if c not in self._avoid]
+        return self._ledger.place(self._booking, fresh or candidates)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+class EngineFailure(Exception):
+    """The engine's fault, or the way to it: the request itself is as good as before."""
+
+
+class Flight:
+    """One request on its way. Made by `Fleet.start`."""
+
+    def __init__(self, fleet: Fleet, submission: Submission) -> None:
+        self._fleet = fleet
+        self._submission = submission
+        self._booking = fleet.ledger.book(submission.prompt_tokens, submission.sequences)
+        self._failed_replicas: frozenset[str] = frozenset()
+        self._loop = asyncio.get_running_loop()
+        self._started = fleet.clock()
+        self._reset()
+        self.task = self._loop.create_task(self._fly())
+
+    def _reset(self) -> None:
+        self.stream = secrets.randbits(62)
+        self.replica: str | None = None
+        self._execution: int | None = None
+        self._next_sequence = 0
+        self._last_sequence: int | None = None
+        self._complete: asyncio.Future[None] = self._loop.create_future()
+
+    async def _fly(self) -> None:
+        fleet, submission = self._fleet, self._submission
+        fleet.admission.enter(submission.sequences)
+        outcome = "failed"
+        try:
+            for attempt in range(1, fleet.config.max_attempts + 1):
+                try:
+                    await self._attempt()
+                    outcome = "finished"
+                    return
+                except EngineFailure as failure:
+                    again = submission.restartable and attempt < fleet.config.max_attempts
+                    fleet.metrics.inc("fleet_engine_failures", model=fleet.model)
+                    logger.warning(
+                        "Request %s: attempt %d at %s failed (%s)%s",
+                        *(submission.request_id, attempt, self.replica, failure),
+                        "; placing it again" if again else "",
+                    )
+                    if not again:
+                        raise EngineUnavailable(
+                            "The engine that ran this request failed before it was finished.", retry_after_s=1
+                        ) from failure
+                    if self.replica is not None:
+                        self._failed_replicas |= {self.replica}
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except PublicError as error:
+            outcome = "refused" if isinstance(error, BadRequest) else "failed"
+            submission.fail(error)
+        except Exception:
+            logger.exception("Request %s failed in the Router", submission.request_id)
+            submission.fail(PublicError("The server had an internal error."))
+        finally:
+            fleet.admission.leave(submission.sequences)
+            fleet.metrics.inc("fleet_requests", model=fleet.model, outcome=outcome)
+            fleet.metrics.observe("fleet_request_seconds", fleet.clock() - self._started, model=fleet.model)
+
+    async def _attempt(self) -> None:
+        """Run the request once.
+
+        Raises:
+            EngineFailure: Another replica may do better.
+            PublicError: No other replica would.
+        """
+        fleet = self._fleet
+        self._reset()
+        fleet.exchange.flights[self.stream] = self
+        call = fleet.call(
+            self._submission.encode(),
+            fleet.exchange.channel.address,
+            self.stream,
+            Ticket(fleet.ledger, self._booking, self._failed_replicas),
+        )
+        try:
+            messages = self._messages(call)
+            either: set[asyncio.Future[Any]] = {messages, self._complete}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._complete.done():
+                self._complete.result()
+                # The client has its answer; this only lets the engine say its goodbye rather than be cancelled.
+                await asyncio.wait({messages}, timeout=fleet.config.completeness_timeout_s)
+                return
+            end = await messages
+            if end is None:
+                raise EngineFailure("its call ended without a word")
+            await self._settle(end)
+        finally:
+            call.cancel()
+            if not messages.done():
+                messages.cancel()
+            fleet.exchange.flights.pop(self.stream, None)
+            self._booking.release()
+
+    def _messages(self, call: EngineCall) -> asyncio.Task[m.End | None]:
+        async def read() -> m.End | None:
+            try:
+                async for message in call:
+                    if isinstance(message, m.Accepted):
+                        self._accepted(message)
+                    else:
+                        return message
+            except (EngineFailure, PublicError):
+                raise
+            except asyncio.CancelledError:
+                current = asyncio.current_task()
+                if current is not None and current.cancelling():
+                    raise
+                raise EngineFailure("its call was cancelled from outside") from None
+            except Exception as error:
+                raise EngineFailure(f"{type(error).__name__} in its call") from error
+            return None
+
+        return self._loop.create_task(read())
+
+    def _accepted(self, accepted: m.Accepted) -> None:
+        if self._execution not in (None, accepted.execution):
+            raise EngineFailure("deltas of another execution arrived")
+        self.replica, self._execution = accepted.replica, accepted.execution
+        prefilling = self._booking.prefilling
+        self._booking.move(accepted.replica)
+        if not prefilling:
+            self._booking.prefilled()
+
+    async def _settle(self, end: m.End) -> None:
+        """Hold the engine to its last word."""
+        if end.outcome == m.REFUSED:
+            raise BadRequest(end.message, param=end.param)
+        if end.outcome == m.FAILED:
+            raise EngineFailure(end.message)
+        self._last_sequence = end.last_sequence
+        if self._next_sequence <= end.last_sequence:
+            timeout_s = self._fleet.config.completeness_timeout_s
+            try:
+                await asyncio.wait_for(self._complete, timeout_s)
+            except TimeoutError:
+                missing = end.last_sequence + 1 - self._next_sequence
+                raise EngineFailure(f"{missing} deltas did not arrive within {timeout_s:g} s") from None
+        if not self._submission.finished:
+            raise EngineFailure("it ended the stream that nobody asked it to end")
+
+    def on_delta(self, replica: str, delta: DeltaLike, weight_version: str | None) -> None:
+        """Take one delta from the channel, in order or not at all."""
+        if self._complete.done():
+            return
+        if self._execution is None:
+            self._execution, self.replica = delta.execution, replica
+        if delta.execution != self._execution:
+            return self.lose("deltas of another execution arrived")
+        if delta.sequence != self._next_sequence:
+            return self.lose(f"delta {delta.sequence} arrived in place of {self._next_sequence}")
+        if self._next_sequence == 0:
+            self._booking.prefilled()
+            self._fleet.metrics.observe(
+                "fleet_time_to_first_token_seconds", self._fleet.clock() - self._started, model=self._fleet.model
+            )
+        self._next_sequence += 1
+        for index in self._submission.deliver(delta.output, weight_version):
+            self._abort(index)
+        if self._submission.finished or self._last_sequence == delta.sequence:
+            self._complete.set_result(None)
+
+    def _abort(self, index: int) -> None:
+        if self.replica is not None and self._execution is not None:
+            self._fleet.exchange.channel.abort(self.replica, m.Abort(m.VERSION, self.stream, self._execution, index))
+
+    def lose(self, reason: str) -> None:
+        """The engine failed this attempt."""
+        if not self._complete.done():
+            self._complete.set_exception(EngineFailure(reason))
+            self._complete.exception()  # retrieved: the attempt may have ended by itself
+
+    def close(self) -> None:
+        """The client is done or gone: free whatever the request still holds."""
+        if not self.task.done() and not self._submission.finished:
+            self._abort(-1)
+            self.task.cancel()
+
+
+class Exchange:
+    """One Router's end of the token channel: brings deltas to their flights and heartbeats to their fleets.
+
+    Args:
+        host: The address the channel binds.
+        decode: Turns a delta message into a batch; raises ValueError for what is none.
+    """
+
+    def __init__(
+        self, config: FleetConfig, host: str, decode: Callable[[Frames], BatchLike], *, metrics: Metrics
+    ) -> None:
+        self.flights: dict[int, Flight] = {}
+        self.fleets: dict[str, Fleet] = {}
+        self._decode, self._metrics = decode, metrics
+        self.channel = RouterEnd(
+            config,
+            host,
+            on_deltas=self._on_deltas,
+            on_heartbeat=self._on_heartbeat,
+            on_gone=self._on_gone,
+            metrics=metrics,
+        )
+
+    def _on_deltas(self, replica: str, frames: Frames) -> None:
+        batch = self._decode(frames)
+        flights, unknown = self.flights, 0
+        for delta in batch.deltas:
+            flight = flights.get(delta.stream)
+            if flight is None:
+                unknown += 1
+            else:
+                flight.on_delta(replica, delta, batch.weight_version)
+        if unknown:
+            self._metrics.inc("channel_unknown_stream_deltas", unknown)
+
+    def _on_heartbeat(self, heartbeat: m.Heartbeat) -> None:
+        fleet = self.fleets.get(heartbeat.model)
+        if fleet is not None:
+            fleet.on_heartbeat(heartbeat)
+
+    def _on_gone(self, replica: str) -> None:
+        for fleet in self.fleets.values():
+            fleet.lose_replica(replica, "it has fallen silent")
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+Call = Callable[[list[bytes], m.ChannelAddress, int, Ticket], EngineCall]
+
+
+class Fleet:
+    """See the module's docstring.
+
+    Args:
+        model: The model's name, for logs and metrics.
+        call: Opens a Serve call to an Engine.
+        exchange: This Router's end of the token channel, shared by its fleets.
+        max_queued: Bound of what waits here beyond the engines' capacity.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        call: Call,
+        exchange: Exchange,
+        ledger: Ledger,
+        config: FleetConfig,
+        *,
+        max_queued: int,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model, self.call, self.exchange, self.ledger, self.config = model, call, exchange, ledger, config
+        self.metrics, self.clock = metrics, clock
+        self.admission = Admission(max_queued, clock=clock)
+        exchange.fleets[model] = self
+        self.replicas: dict[str, m.EngineDescription] = {}
+        self.heartbeats: dict[str, m.Heartbeat] = {}
+
+    def check_admission(self, n: int) -> None:
+        """Raise `Overloaded` unless this Router may take `n` more sequences."""
+        try:
+            self.admission.check(n)
+        except PublicError:
+            self.metrics.inc("fleet_rejected_requests", model=self.model)
+            raise
+
+    def start(self, submission: Submission) -> Flight:
+        """Send a request on its way; its outputs and its failure reach `submission`."""
+        return Flight(self, submission)
+
+    def set_replicas(self, running: frozenset[str]) -> bool:
+        """Take over Serve's set of running replicas; return whether one of them has yet to join.
+
+        One that left the set may be draining, so its streams stay: its death is told by its calls and heartbeats.
+        """
+        for gone in self.replicas.keys() - running:
+            del self.replicas[gone]
+            self.heartbeats.pop(gone, None)
+            self.ledger.forget(gone)
+        self._count_capacity()
+        return bool(running - self.replicas.keys())
+
+    def joined(self, description: m.EngineDescription) -> None:
+        """A running replica is connected to the channel."""
+        self.replicas[description.replica] = description
+        self._count_capacity()
+
+    def _count_capacity(self) -> None:
+        self.admission.capacity = sum(replica.max_num_seqs for replica in self.replicas.values())
+
+    def on_heartbeat(self, heartbeat: m.Heartbeat) -> None:
+        """Take over what a replica says of itself; a hung one loses its streams here, at once."""
+        replica = heartbeat.replica
+        self.heartbeats[replica] = heartbeat
+        self.ledger.report(
+            replica,
+            running=heartbeat.running,
+            waiting=heartbeat.waiting,
+            kv_cache_usage=heartbeat.kv_cache_usage,
+        )
+        if heartbeat.unfinished and heartbeat.seconds_since_step > self.config.engine_stall_timeout_s:
+            self.lose_replica(replica, f"no engine step for {heartbeat.seconds_since_step:.0f} s")
+
+    def lose_replica(self, replica: str, reason: str) -> None:
+        """A replica is gone or hung: its requests go elsewhere or fail, now."""
+        self.heartbeats.pop(replica, None)
+        self.ledger.forget(replica)
+        for flight in [f for f in self.exchange.flights.values() if f.replica == replica]:
+            flight.lose(reason)

@@ -1,0 +1,163 @@
+"""Which engine replica takes a request. Pure: no Ray, no vLLM, no clock and no random source of its own.
+
+The cost of a replica is the work it must finish before it is as free as an idle one, in tokens of prefill: what this
+Router has booked there and not seen finished, this prompt, the streams it decodes, and the load that heartbeats report
+beyond what is booked (other Routers'). The lowest cost wins. Own bookkeeping comes first because it is never stale:
+polled loads make every Router rush to the same idle replica (as NVIDIA Dynamo's router and llm-d's scheduler found).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+DECODE_STREAM_TOKENS = 64.0
+"""What one running stream costs the next request, in prefill tokens: it takes its share of every step."""
+QUEUED_REQUEST_TOKENS = 512.0
+"""What a request that waits in an engine is taken for, when another Router placed it and its prompt is unknown."""
+KV_PRESSURE_FROM = 0.9
+"""KV cache use above which a replica is about to preempt: recomputation, the costliest thing a placement can cause."""
+KV_PRESSURE_TOKENS = 16384.0
+
+
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """One replica, as one Router knows it.
+
+    Attributes:
+        prefill_tokens: Prompt tokens this Router booked there whose first token has not come back.
+        streams: Sequences this Router has there, prefilling ones included.
+        reported_streams: Requests running there by its last heartbeat, from all Routers.
+        reported_waiting: Requests queued inside its engine, from all Routers.
+        kv_cache_usage: 0 to 1, by its last heartbeat.
+    """
+
+    prefill_tokens: int = 0
+    streams: int = 0
+    reported_streams: int = 0
+    reported_waiting: int = 0
+    kv_cache_usage: float = 0.0
+
+
+def cost(load: ReplicaLoad, prompt_tokens: int) -> float:
+    """Return the cost of placing a prompt of `prompt_tokens` on a replica with this load."""
+    others = max(0, load.reported_streams + load.reported_waiting - load.streams)
+    others_waiting = min(others, load.reported_waiting)
+    pressure = max(0.0, load.kv_cache_usage - KV_PRESSURE_FROM) / (1 - KV_PRESSURE_FROM)
+    return (
+        prompt_tokens
+        + load.prefill_tokens
+        + DECODE_STREAM_TOKENS * (load.streams + others - others_waiting)
+        + QUEUED_REQUEST_TOKENS * others_waiting
+        + KV_PRESSURE_TOKENS * pressure
+    )
+
+
+def rank(
+    candidates: Iterable[str], loads: Mapping[str, ReplicaLoad], prompt_tokens: int, *, rng: random.Random
+) -> list[str]:
+    """Return `candidates`, best first; ties fall at random, so that Routers do not agree on a favourite.
+
+    A candidate without a load is one nobody has heard of yet: new, and so idle.
+    """
+    idle = ReplicaLoad()
+    keyed = [(cost(loads.get(c, idle), prompt_tokens), rng.random(), c) for c in candidates]
+    return [candidate for _, _, candidate in sorted(keyed)]
+
+
+@dataclass
+class _Account:
+    prefill_tokens: int = 0
+    streams: int = 0
+    reported_streams: int = 0
+    reported_waiting: int = 0
+    kv_cache_usage: float = 0.0
+
+    def load(self) -> ReplicaLoad:
+        return ReplicaLoad(
+            self.prefill_tokens, self.streams, self.reported_streams, self.reported_waiting, self.kv_cache_usage
+        )
+
+
+@dataclass
+class Booking:
+    """One placed request's share of its replica's load. `moved`, `prefilled` and `release` keep it true."""
+
+    ledger: Ledger
+    prompt_tokens: int
+    streams: int
+    replica: str | None = None
+    prefilling: bool = field(default=True, init=False)
+
+    def move(self, replica: str) -> None:
+        """Book on `replica`, and no longer where it was."""
+        with self.ledger.lock:
+            if replica == self.replica:
+                return
+            self.release()
+            self.replica, self.prefilling = replica, True
+            account = self.ledger.account(replica)
+            account.prefill_tokens += self.prompt_tokens
+            account.streams += self.streams
+
+    def prefilled(self) -> None:
+        """The first token came back: the prompt costs nothing more."""
+        with self.ledger.lock:
+            if self.replica is not None and self.prefilling:
+                self.prefilling = False
+                self.ledger.account(self.replica).prefill_tokens -= self.prompt_tokens
+
+    def release(self) -> None:
+        """The request has left its replica. Safe to call twice."""
+        with self.ledger.lock:
+            if self.replica is not None:
+                self.prefilled()
+                self.ledger.account(self.replica).streams -= self.streams
+                self.replica = None
+
+
+class Ledger:
+    """What one Router has booked on each replica, and what the replicas report.
+
+    Guarded by `lock`: Serve may rank on a thread of its own.
+    """
+
+    def __init__(self, *, rng: random.Random) -> None:
+        self.lock = threading.RLock()
+        self._rng = rng
+        self._accounts: dict[str, _Account] = {}
+
+    def account(self, replica: str) -> _Account:
+        return self._accounts.setdefault(replica, _Account())
+
+    def report(self, replica: str, *, running: int, waiting: int, kv_cache_usage: float) -> None:
+        """Take over a heartbeat."""
+        with self.lock:
+            account = self.account(replica)
+            account.reported_streams, account.reported_waiting = running, waiting
+            account.kv_cache_usage = kv_cache_usage
+
+    def forget(self, replica: str) -> None:
+        """Drop what a replica reported, and its account with the last booking."""
+        with self.lock:
+            account = self._accounts.pop(replica, None)
+            if account is not None and account.streams:
+                self._accounts[replica] = _Account(account.prefill_tokens, account.streams)
+
+    def book(self, prompt_tokens: int, streams: int) -> Booking:
+        return Booking(self, prompt_tokens, streams)
+
+    def place(self, booking: Booking, candidates: Iterable[str]) -> list[str]:
+        """Rank `candidates` for a booking and book it on the best, at once: the next request sees it there."""
+        candidates = list(candidates)
+        with self.lock:
+            booking.release()
+            ranked = rank(candidates, self.loads(), booking.prompt_tokens, rng=self._rng)
+            if ranked:
+                booking.move(ranked[0])
+        return ranked
+
+    def loads(self) -> dict[str, ReplicaLoad]:
+        return {replica: account.load() for replica, account in self._accounts.items()}

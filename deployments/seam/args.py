@@ -1,0 +1,181 @@
+"""vLLM's options, parsed by vLLM's own parser, shared by Router and Engine.
+
+Source: `vllm/entrypoints/launchers/cli_args.py` (`make_arg_parser`) and
+`vllm/entrypoints/launchers/render/entry.py` (a `VllmConfig` for a front end without an engine).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from deployments.errors import ConfigError
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+    from vllm import AsyncEngineArgs
+    from vllm.config import VllmConfig
+
+_SERVES_OWN: Final = "Serve owns it: set `http_options` at the top of the Serve config"
+REFUSED: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("host", "port", "uds", "root_path", "grpc", "grpc_port"), _SERVES_OWN),
+    **dict.fromkeys(
+        ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"),
+        "Serve owns the listening socket: end TLS in front of it",
+    ),
+    **dict.fromkeys(
+        ("h11_max_incomplete_event_size", "h11_max_header_count", "uvicorn_log_level", "disable_uvicorn_access_log"),
+        _SERVES_OWN,
+    ),
+    **dict.fromkeys(
+        ("headless", "api_server_count", "data_parallel_supervisor_port"), "replicas are set in `deployment`"
+    ),
+    "api_key": "vLLM's key check leaves paths open",
+    "config": "write its keys here instead",
+    "model_tag": "use `model`",
+    "tokens_only": "engines speak token ids already; clients speak the OpenAI API",
+    "enable_per_request_metrics": "its timings are an engine's own, and a stream may see several",
+    "enable_flash_late_interaction": "it would move an engine's work into the Router",
+}
+"""Options of vLLM's server that mean nothing in a fleet, with the reason a user reads."""
+
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "enable_prompt_tokens_details": True,
+    "enable_flash_late_interaction": False,
+    "mm_processor_cache_gb": 0,
+}
+"""What a fleet needs other than vLLM's defaults: nothing may live in one Router or one engine alone."""
+
+
+def parse_args(name: str, engine_args: Mapping[str, Any], frontend_args: Mapping[str, Any]) -> Namespace:
+    """Parse one model's options as vLLM's API server would from its command line.
+
+    Args:
+        name: The model's public name; becomes `served_model_name` unless that is given.
+        engine_args: `AsyncEngineArgs` by name.
+        frontend_args: `FrontendArgs` by name. A key is accepted in either mapping, but not in both.
+
+    Raises:
+        ConfigError: An option is unknown (named, with its nearest match), refused, given twice, or has a bad value.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"model {name!r}: {message}")
+
+    parser = make_arg_parser(Parser(add_help=False))
+    options = _collect(name, parser, {"engine_args": engine_args, "frontend_args": frontend_args})
+    options.setdefault("served_model_name", [name])
+    try:
+        args = parser.parse_args(_argv(parser, {**DEFAULTS, **options}))
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"model {name!r}: {error}") from None
+    if "gpu_memory_utilization" not in options:
+        args.gpu_memory_utilization = None  # settled by `engine_args`, from the share of a GPU the engine holds
+    return args
+
+
+def _collect(name: str, parser: ArgumentParser, sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    known = {action.dest: action for action in parser._actions}
+    options: dict[str, Any] = {}
+    for section, given in sections.items():
+        for raw, value in given.items():
+            key = raw.replace("-", "_")
+            where = f"model {name!r}: {section}.{raw}"
+            if key in REFUSED:
+                raise ConfigError(f"{where} is not set per model: {REFUSED[key]}")
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"{where} is not an option of vLLM{hint}")
+            if key in options:
+                raise ConfigError(f"{where} is given twice")
+            options[key] = value
+    return options
+
+
+def _argv(parser: ArgumentParser, options: Mapping[str, Any]) -> list[str]:
+    actions = {action.dest: action for action in parser._actions}
+    argv: list[str] = []
+    for key, value in options.items():
+        action = actions[key]
+        flag = next(s for s in action.option_strings if s.startswith("--") and not s.startswith("--no-"))
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            if value:
+                argv.append(flag)
+            elif (off := flag.replace("--", "--no-", 1)) in action.option_strings:
+                argv.append(off)
+        elif isinstance(value, list | tuple) and action.nargs in ("+", "*"):
+            argv += [flag, *(_text(item) for item in value)] if value else []
+        else:
+            argv.append(f"{flag}={_text(value)}")
+    return argv
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+
+
+def engine_args(args: Namespace, *, num_gpus: float = 1.0) -> AsyncEngineArgs:
+    """Return the engine's arguments.
+
+    Args:
+        args: From `parse_args`.
+        num_gpus: What Ray gives the engine's actor. Below 1, the engine takes that share of the GPU's memory unless
+            `gpu_memory_utilization` says otherwise.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+
+    args = Namespace(**vars(args))
+    if args.gpu_memory_utilization is None:
+        share = num_gpus if 0 < num_gpus < 1 else 1.0
+        args.gpu_memory_utilization = round(AsyncEngineArgs.gpu_memory_utilization * share, 4)
+    result: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(args)
+    if result.runner == "pooling":
+        propagate_flash_late_interaction(args, result)
+    if result.distributed_executor_backend is None and result.pipeline_parallel_size == 1:
+        # Left alone, vLLM inside a Ray actor may choose Ray workers, which would want GPUs of their own.
+        result.distributed_executor_backend = None if result.tensor_parallel_size == 1 else "mp"
+    return result
+
+
+def frontend_config(args: Namespace) -> VllmConfig:
+    """Return a `VllmConfig` for rendering, validation and detokenization: no device, no KV cache, no quantization.
+
+    Mutates process-wide vLLM settings that only matter to engines, so call it in a Router, never in an Engine.
+    """
+    from vllm import envs
+    from vllm.config import LoRAConfig, VllmConfig
+
+    parsed = engine_args(args)
+    model_config = parsed.create_model_config()
+    model_config.quantization = None
+    envs.VLLM_CPU_KVCACHE_SPACE = 0
+    parsed._set_default_reasoning_config_args()
+    lora_config = None
+    if parsed.enable_lora:
+        lora_config = LoRAConfig(
+            max_lora_rank=parsed.max_lora_rank,
+            max_loras=parsed.max_loras,
+            default_mm_loras=parsed.default_mm_loras,
+        )
+    return VllmConfig(
+        model_config=model_config,
+        lora_config=lora_config,
+        logging_config=parsed.create_logging_config(),
+        observability_config=parsed.create_observability_config(),
+        structured_outputs_config=parsed.create_structured_outputs_config(),
+        reasoning_config=parsed.reasoning_config,
+    )

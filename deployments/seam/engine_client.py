@@ -1,0 +1,326 @@
+"""The `EngineClient` that vLLM's serving classes talk to, with a fleet behind it.
+
+The Router's half of what `AsyncLLM` does in one process: validate and fan out a request on the way in, detokenize, find
+stop strings and collect logprobs on the way out, with vLLM's own `InputProcessor` and `OutputProcessor`. Between them,
+where `AsyncLLM` has EngineCore, is the Fleet.
+
+Source: `vllm/v1/engine/async_llm.py` (`add_request`, `generate`, `encode`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from copy import copy
+from http import HTTPStatus
+from typing import Any, NoReturn, Protocol
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
+from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.pooling_params import PoolingParams
+from vllm.renderers import renderer_from_config
+from vllm.renderers.inputs.preprocess import extract_prompt_components
+from vllm.sampling_params import SamplingParams
+from vllm.tasks import SupportedTask
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+
+from deployments.errors import EngineUnavailable, NotSupportedByFleet, PublicError
+from deployments.seam.wire import Codec
+
+
+class PublicHTTPError(GracefulHTTPError):
+    """One of our public errors, in the shape that vLLM's serving classes let through with its own status."""
+
+    def __init__(self, error: PublicError) -> None:
+        super().__init__(error.message, HTTPStatus(error.status))
+        self.error = error
+
+
+class Flight(Protocol):
+    """A request on its way. `close` frees what it holds; safe to call twice."""
+
+    def close(self) -> None: ...
+
+
+class FleetLike(Protocol):
+    """What this client needs of `deployments.fleet.client.Fleet`."""
+
+    def check_admission(self, n: int) -> None: ...
+
+    def start(self, submission: RequestSubmission) -> Flight: ...
+
+
+class RequestSubmission:
+    """One request as the Fleet sees it: frames to send, outputs to deliver, an error to end with.
+
+    Args:
+        requests: The sequences of the request; more than one for `n > 1`.
+        queue: Where vLLM's generator waits.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        requests: list[EngineCoreRequest],
+        queue: RequestOutputCollector,
+        outputs: OutputProcessor,
+        codec: Codec,
+    ) -> None:
+        first = requests[0]
+        self.request_id = request_id
+        self.prompt_tokens = length_from_prompt_token_ids_or_embeds(first.prompt_token_ids, first.prompt_embeds)
+        self.sequences = len(requests)
+        self._requests, self._queue, self._outputs, self._codec = requests, queue, outputs, codec
+        self._ids = [request.request_id for request in requests]
+        self._open = set(self._ids)
+        self._delivered = False
+
+    def encode(self) -> list[bytes]:
+        return self._codec.encode_requests(self._requests)
+
+    def deliver(self, output: EngineCoreOutput, weight_version: str | None) -> list[int]:
+        index = int(output.request_id)
+        output.request_id = self._ids[index]
+        self._delivered = True
+        processed = self._outputs.process_outputs([output], weight_version=weight_version)
+        if not self._outputs.has_request(output.request_id):
+            self._open.discard(output.request_id)
+        return [index] if processed.reqs_to_abort else []
+
+    @property
+    def finished(self) -> bool:
+        return not self._open
+
+    @property
+    def restartable(self) -> bool:
+        return not self._delivered
+
+    def fail(self, error: PublicError) -> None:
+        self.abort()
+        self._queue.put(PublicHTTPError(error))
+
+    def abort(self) -> None:
+        """Forget the request's state in the Router."""
+        if self._open:
+            self._outputs.abort_requests(self._open.copy(), internal=True)
+            self._open.clear()
+
+
+def lora_int_id(name: str) -> int:
+    """Return the same adapter id in every Router and engine: vLLM counts them per process otherwise."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % (2**31 - 1) + 1
+
+
+class FleetClient(EngineClient):
+    """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device."""
+
+    def __init__(self, fleet: FleetLike, vllm_config: VllmConfig, supported_tasks: tuple[SupportedTask, ...]) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.supported_tasks = supported_tasks
+        self._fleet = fleet
+        self._codec = Codec()
+        self._outputs = OutputProcessor(
+            self.renderer.tokenizer,
+            log_stats=False,
+            stream_interval=vllm_config.scheduler_config.stream_interval,
+        )
+
+    # The request path.
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        try:
+            self._fleet.check_admission(n)
+        except PublicError as error:
+            raise PublicHTTPError(error) from None
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        if isinstance(prompt, AsyncGenerator):
+            raise PublicHTTPError(NotSupportedByFleet("Streaming input is not supported: it would live in one engine."))
+        request = await self._process(request_id, prompt, sampling_params, **options)
+        request.reasoning_ended = reasoning_ended
+        request.reasoning_parser_kwargs = reasoning_parser_kwargs
+        async for output in self._run(request, prompt, prompt_text):
+            assert isinstance(output, RequestOutput)
+            yield output
+
+    async def encode(
+        self,
+        prompt: Any,
+        pooling_params: PoolingParams,
+        request_id: str,
+        lora_request: LoRARequest | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        reasoning_ended: bool | None = None,
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        request = await self._process(
+            request_id,
+            prompt,
+            pooling_params,
+            lora_request=lora_request,
+            trace_headers=trace_headers,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+        )
+        request.reasoning_ended = reasoning_ended
+        self.check_admission()
+        async for output in self._run(request, prompt, None):
+            assert isinstance(output, PoolingRequestOutput)
+            yield output
+
+    async def _process(self, request_id: str, prompt: Any, params: Any, **options: Any) -> EngineCoreRequest:
+        if lora := options.get("lora_request"):
+            options["lora_request"] = msgspec.structs.replace(lora, lora_int_id=lora_int_id(lora.lora_name))
+        rendered = isinstance(prompt, dict) and "type" in prompt
+        process: Any = self.input_processor.process_inputs
+        if not rendered:
+            process = self.input_processor.process_inputs_async
+        request = process(request_id, prompt, params, supported_tasks=self.supported_tasks, **options)
+        if not rendered:
+            request = await request
+        self.input_processor.assign_request_id(request)
+        assert isinstance(request, EngineCoreRequest)
+        return request
+
+    async def _run(
+        self, request: EngineCoreRequest, prompt: Any, prompt_text: str | None
+    ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
+        queue = RequestOutputCollector(request.params.output_kind, request.request_id)
+        text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
+        parent, requests = _fan_out(request)
+        for index, child in enumerate(requests):
+            self._outputs.add_request(child, text, parent, index, queue)
+        external_id = request.external_req_id or request.request_id
+        submission = RequestSubmission(external_id, requests, queue, self._outputs, self._codec)
+        flight = self._fleet.start(submission)
+        try:
+            finished = False
+            while not finished:
+                output = queue.get_nowait() or await queue.get()
+                finished = output.finished
+                yield output
+        finally:
+            # Reached by a finished answer, a client that hung up, and a generator that was dropped alike.
+            flight.close()
+            submission.abort()
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        self._outputs.abort_requests(ids, internal=False)
+
+    # What one engine could answer, and a fleet answers for all of its engines.
+
+    @property
+    def is_running(self) -> bool:
+        return True
+
+    @property
+    def is_stopped(self) -> bool:
+        return False
+
+    @property
+    def errored(self) -> bool:
+        return False
+
+    @property
+    def dead_error(self) -> BaseException:
+        return PublicHTTPError(EngineUnavailable("No engine is running for this model."))
+
+    async def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
+        return self.supported_tasks
+
+    async def is_tracing_enabled(self) -> bool:
+        return self.vllm_config.observability_config.otlp_traces_endpoint is not None
+
+    async def do_log_stats(self) -> None:
+        """Engines log their own."""
+
+    async def check_health(self) -> None:
+        """A Router is healthy without engines: requests wait for them."""
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Accept an adapter: each engine loads it with the first request that names it."""
+        return True
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.renderer.shutdown()
+
+    # State that would live in one engine: refused by name. The routes that lead here are not mounted either.
+
+    async def notify_kv_transfer_request_rejected(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _refused("KV transfer")
+
+    async def start_profile(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _refused("Profiling")
+
+    async def stop_profile(self) -> NoReturn:
+        raise _refused("Profiling")
+
+    async def reset_mm_cache(self) -> NoReturn:
+        raise _refused("Resetting the multi-modal cache")
+
+    async def reset_encoder_cache(self) -> NoReturn:
+        raise _refused("Resetting the encoder cache")
+
+    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _refused("Resetting the prefix cache")
+
+    async def sleep(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _refused("Sleep mode")
+
+    async def wake_up(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _refused("Sleep mode")
+
+    async def is_sleeping(self) -> bool:
+        return False
+
+    async def release_kv_cache_memory(self) -> NoReturn:
+        raise _refused("Sleep mode")
+
+    async def pause_generation(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _refused("Pausing generation")
+
+    async def resume_generation(self) -> NoReturn:
+        raise _refused("Pausing generation")
+
+    async def is_paused(self) -> bool:
+        return False
+
+
+def _refused(feature: str) -> PublicHTTPError:
+    return PublicHTTPError(NotSupportedByFleet(f"{feature} is not supported over a fleet of engines."))
+
+
+def _fan_out(request: EngineCoreRequest) -> tuple[ParentRequest | None, list[EngineCoreRequest]]:
+    """Return the sequences of a request, as `AsyncLLM.add_request` would make them."""
+    if not isinstance(request.params, SamplingParams) or request.params.n == 1:
+        return None, [request]
+    parent = ParentRequest(request)
+    children = []
+    for index in range(request.params.n):
+        child = copy(request)
+        child.request_id, child.sampling_params = parent.get_child_info(index)
+        children.append(child)
+    return parent, children

@@ -1,0 +1,111 @@
+"""vLLM's own API app, for one model, over any `EngineClient`.
+
+Source: `vllm/entrypoints/launchers/app.py` (`build_app`) and `launchers/api_server/app_state.py` (`init_app_state`).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.tasks import SupportedTask
+
+from deployments.seam.engine_client import FleetClient, PublicHTTPError
+
+MOUNTED: Final = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/v2/embed",
+        "/pooling",
+        "/classify",
+        "/score",
+        "/v1/score",
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+        "/generative_scoring",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+        "/v1/models",
+    }
+)
+"""vLLM's routes that a fleet serves as one engine would. `/v1/models` is merged over all models by the Router."""
+
+NOT_MOUNTED: Final = {
+    "one engine's state": (
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel",
+        "/kv_event_sources",
+        "/scale_elastic_ep",
+        "/is_scaling_elastic_ep",
+        "/inference/v1/generate",
+        "/inference/v1/abort_requests",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/start_profile",
+        "/stop_profile",
+    ),
+    "the Router answers it for all models": ("/health", "/load", "/version", "/metrics", "/ping"),
+    "another server's door to the same models": ("/invocations",),
+    "a step of a pipeline we do not run": (
+        "/v1/chat/completions/render",
+        "/v1/messages/render",
+        "/v1/completions/render",
+        "/v1/responses/render",
+        "/v1/chat/completions/derender",
+        "/v1/completions/derender",
+    ),
+    "not tried over a fleet yet": ("/v1/chat/completions/batch", "/v1/systemone"),
+    "one model's documentation would be taken for all": ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
+}
+"""vLLM's routes that are left out, by reason. The seam's test fails on a route that is in neither list."""
+
+
+async def build_model_app(args: Namespace, client: FleetClient) -> FastAPI:
+    """Return vLLM's app for one model.
+
+    Args:
+        args: From `parse_args`.
+        client: The fleet as an `EngineClient`.
+    """
+    tasks: tuple[SupportedTask, ...] = client.supported_tasks
+    app = build_app(args, tasks, client.model_config)
+    await init_app_state(client, app.state, args, tasks)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in MOUNTED]
+    # The load is counted by the Router; vLLM's own metrics and scaling middleware guard what is not there.
+    app.user_middleware[:] = [m for m in app.user_middleware if _is_kept(m, args)]
+    app.add_exception_handler(PublicHTTPError, _public_error)
+    app.middleware_stack = None
+    return app
+
+
+def _is_kept(middleware: Any, args: Namespace) -> bool:
+    """CORS, and what the user asked for by `middleware`."""
+    qualified = f"{middleware.cls.__module__}.{middleware.cls.__name__}"
+    return middleware.cls.__name__ in ("CORSMiddleware", "BaseHTTPMiddleware") or qualified in args.middleware
+
+
+async def _public_error(request: Request, exc: Exception) -> JSONResponse:
+    assert isinstance(exc, PublicHTTPError)
+    return JSONResponse(exc.error.body(), status_code=exc.error.status, headers=exc.error.headers())
+
+
+async def list_models(app: FastAPI) -> list[dict[str, Any]]:
+    """Return OpenAI's model objects of one model's app, LoRA adapters included."""
+    listed = await app.state.openai_serving_models.show_available_models()
+    return [card.model_dump() for card in listed.data]
+
+
+def model_names(args: Namespace) -> list[str]:
+    """Return every name that selects this model: its own, its aliases, its LoRA adapters."""
+    return [*args.served_model_name, *(module.name for module in args.lora_modules or ())]

@@ -1,0 +1,213 @@
+"""vLLM's `AsyncLLM`, made to hand out token ids rather than text.
+
+What differs from vLLM's own use: requests come in as finished `EngineCoreRequest`s (a Router has validated and rendered
+them), and EngineCore's outputs go to a sink as they are. Text, stop strings and logprobs are made in the Router, by the
+same vLLM code (`deployments.seam.engine_client`). Metrics stay vLLM's own.
+
+Source: `vllm/v1/engine/async_llm.py` (`add_request`, `_run_output_handler`), `vllm/v1/engine/output_processor.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import psutil
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from deployments.seam import guard, logs
+from deployments.seam.args import engine_args
+
+logger = logging.getLogger("ray.serve.groundswell.engine")
+
+
+class Sink(Protocol):
+    """Where a request's outputs go. Called on the engine's event loop; must not block."""
+
+    def put(self, output: Any) -> None:
+        """Take vLLM's own notices: an exception when the engine died, or a final output when it was aborted."""
+
+    def deliver(self, output: EngineCoreOutput, weight_version: str | None) -> None: ...
+
+
+class _TokenOutputProcessor(OutputProcessor):
+    """Keeps vLLM's request states and statistics; leaves detokenization to the Router."""
+
+    def __init__(self, *, log_stats: bool, on_step: Callable[[], None]) -> None:
+        super().__init__(None, log_stats=log_stats)
+        self._on_step = on_step
+
+    def process_outputs(
+        self,
+        engine_core_outputs: list[EngineCoreOutput],
+        engine_core_timestamp: float | None = None,
+        iteration_stats: Any = None,
+        weight_version: str | None = None,
+    ) -> OutputProcessorOutput:
+        for output in engine_core_outputs:
+            state = self.request_states.get(output.request_id)
+            if state is None:
+                continue
+            self._update_stats_from_output(state, output, engine_core_timestamp, iteration_stats)
+            if state.is_prefilling:
+                state.is_prefilling = False
+                if output.prefill_stats is not None:
+                    state.num_cached_tokens = output.prefill_stats.num_cached_tokens
+            finish_reason = output.finish_reason
+            state.queue.deliver(output, weight_version)
+            if finish_reason is not None:
+                self._finish_request(state)
+                self._update_stats_from_finished(state, finish_reason, iteration_stats)
+        self._on_step()
+        return OutputProcessorOutput([], [])
+
+
+class EngineStats(StatLoggerBase):
+    """What heartbeats say of EngineCore: its queues, and when it last finished a step."""
+
+    def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        self.running = self.waiting = 0
+        self.kv_cache_usage = 0.0
+        self.last_step = time.monotonic()
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        self.last_step = time.monotonic()
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self.kv_cache_usage = scheduler_stats.kv_cache_usage
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+
+class TokenEngine:
+    """One running vLLM engine. Start with `await TokenEngine.start(…)`."""
+
+    def __init__(self, llm: AsyncLLM, stats: EngineStats, on_step: Callable[[], None], owner: threading.Event) -> None:
+        self._llm = llm
+        self.stats = stats
+        self._owner = owner
+        llm.output_processor = self._outputs = _TokenOutputProcessor(log_stats=llm.log_stats, on_step=on_step)
+        self._was_idle = True
+
+    @classmethod
+    async def start(
+        cls, args: Namespace, *, num_gpus: float, on_step: Callable[[], None], ray_metrics: bool = True
+    ) -> TokenEngine:
+        """Load the model and start EngineCore.
+
+        Args:
+            args: From `parse_args`.
+            num_gpus: The actor's share of GPUs.
+            on_step: Called after each engine step, when all of its outputs have reached their sinks.
+            ray_metrics: Send vLLM's metrics to Ray's endpoint.
+        """
+        stats = EngineStats()
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[AsyncLLM] = loop.create_future()
+        owner = threading.Event()
+
+        def own() -> None:
+            # EngineCore asks the kernel to die with the *thread* that forked it, so this one lives as long as we do.
+            try:
+                llm = cls._build(args, num_gpus, stats, ray_metrics)
+            except BaseException as error:
+                logger.exception("The engine did not start")
+                loop.call_soon_threadsafe(ready.set_exception, _picklable(error))
+                return
+            loop.call_soon_threadsafe(ready.set_result, llm)
+            owner.wait()
+
+        threading.Thread(target=own, name="engine-owner", daemon=True).start()
+        return cls(await ready, stats, on_step, owner)
+
+    @staticmethod
+    def _build(args: Namespace, num_gpus: float, stats: EngineStats, ray_metrics: bool) -> AsyncLLM:
+        loggers: list[Any] = [lambda vllm_config, engine_index: stats]
+        if ray_metrics:
+            from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+            loggers.append(RayPrometheusStatLogger)
+        os.environ[guard.REPLICA_PID] = str(os.getpid())
+        parsed = engine_args(args, num_gpus=num_gpus)
+        logs.leave_as_is(parsed)
+        config = parsed.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        return AsyncLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=parsed.enable_log_requests,
+            disable_log_stats=parsed.disable_log_stats,
+            stat_loggers=loggers,
+        )
+
+    async def add(self, request: EngineCoreRequest, sink: Sink) -> None:
+        """Run a request; its outputs go to `sink`. Its `request_id` must be unused in this engine.
+
+        Raises:
+            VLLMClientError: The request is at fault.
+            EngineDeadError: EngineCore is dead.
+        """
+        if self.idle:
+            self.stats.last_step = time.monotonic()  # nothing was owed before now
+        request.external_req_id = request.external_req_id or request.request_id
+        self._llm._run_output_handler()
+        await self._llm._add_request(request, None, None, 0, sink)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Forget requests, and free their place in the batch."""
+        known = [i for i in request_ids if self._outputs.has_request(i)]
+        if known and not self._llm.errored:
+            await self._llm.abort(known, internal=True)
+
+    @property
+    def idle(self) -> bool:
+        return not self._outputs.has_unfinished_requests()
+
+    @property
+    def unfinished(self) -> int:
+        return int(self._outputs.get_num_unfinished_requests())
+
+    @property
+    def seconds_since_step(self) -> float:
+        return time.monotonic() - self.stats.last_step
+
+    @property
+    def errored(self) -> bool:
+        """Whether EngineCore is dead."""
+        return bool(self._llm.errored)
+
+    async def describe(self) -> dict[str, Any]:
+        """Return what only a running engine knows, as fields of `EngineDescription`."""
+        config = self._llm.vllm_config
+        return {
+            "max_model_len": config.model_config.max_model_len,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "supported_tasks": tuple(await self._llm.get_supported_tasks()),
+            "num_gpu_blocks": config.cache_config.num_gpu_blocks or 0,
+            "engine_pids": tuple(child.pid for child in psutil.Process().children(recursive=True)),
+        }
+
+    async def reset_prefix_cache(self) -> bool:
+        return bool(await self._llm.reset_prefix_cache())
+
+    def shutdown(self) -> None:
+        self._llm.shutdown(timeout=5)
+        self._owner.set()
+
+
+def _picklable(error: BaseException) -> RuntimeError:
+    """Return the error as one that crosses Ray: several of vLLM's cannot be unpickled."""
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,287 @@
+"""`make serve`, for real: one start of the default config, then everything it promises.
+
+The order of the tests is the order of a visit: it comes up, it answers, it is closed to strangers, it leaves nothing.
+Set GROUNDSWELL_TEST_CONFIG to serve another config file.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from deployments.launch.environment import RUN_ID
+from deployments.launch.processes import members
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Path(os.environ.get("GROUNDSWELL_TEST_CONFIG", ROOT / "serve_config.yaml"))
+START_LIMIT_S = 300
+STOP_LIMIT_S = 10
+
+
+@dataclass
+class Served:
+    """A running `groundswell serve`.
+
+    Attributes:
+        process: The command line.
+        port: Its HTTP port.
+        lines: What it has printed so far.
+        run_id: Marks its processes.
+        ready: Set once it has said that it is ready, or has ended.
+    """
+
+    process: subprocess.Popen[str]
+    port: int
+    lines: list[str] = field(default_factory=list)
+    run_id: str = ""
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def members(self) -> list[psutil.Process]:
+        return members(self.run_id)
+
+    def read(self) -> None:
+        """Collect what is printed until the end."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith("Ctrl-C"):
+                self.ready.set()
+        self.ready.set()
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "deployments.cli", "serve", *arguments]
+
+
+def offline_environment(state: Path) -> dict[str, str]:
+    without = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", RUN_ID)}
+    return {**without, "HF_HUB_OFFLINE": "1", "XDG_STATE_HOME": str(state)}
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    port = free_port()
+    process = subprocess.Popen(
+        command(str(CONFIG), "--port", str(port)),
+        cwd=ROOT,
+        env=offline_environment(tmp_path_factory.mktemp("state")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    served = Served(process, port)
+    threading.Thread(target=served.read, daemon=True).start()
+    try:
+        assert served.ready.wait(START_LIMIT_S), f"not ready in {START_LIMIT_S} s:\n{served.output}"
+        assert process.poll() is None, served.output
+        driver = psutil.Process(process.pid).children()[0]
+        served.run_id = driver.environ()[RUN_ID]
+        yield served
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(2 * STOP_LIMIT_S)
+        finally:
+            process.kill()
+
+
+def test_says_where_it_is_and_the_request_it_prints_works(served: Served) -> None:
+    assert f"Groundswell is ready at http://127.0.0.1:{served.port}/v1" in served.output
+    curl = next(line for line in served.lines if line.strip().startswith("curl"))
+    answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, timeout=60, check=True).stdout
+    assert answer.startswith("data: {")
+    assert answer.rstrip().endswith("data: [DONE]")
+
+
+def test_tells_how_loading_goes(served: Served) -> None:
+    assert [line for line in served.lines if re.match(r" *\d+ s  deploying", line)], served.output
+    assert re.search(r"running .*\b1/1\b", served.output)
+
+
+def test_metrics_can_be_scraped(served: Served) -> None:
+    import requests
+
+    url = re.search(r"http://\S+/metrics", served.output)
+    assert url is not None
+    assert "ray_" in requests.get(url[0], timeout=30).text
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A TCP socket that accepts connections."""
+
+    process: str
+    address: str
+    port: int
+
+    @property
+    def is_on_loopback(self) -> bool:
+        ip = ipaddress.ip_address(self.address)
+        mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+        return (mapped or ip).is_loopback
+
+
+@dataclass(frozen=True)
+class OpenSocket:
+    """A socket that may be reached from other machines.
+
+    Attributes:
+        reason: Why, and what guards it.
+        matches: Whether a listener is this one.
+        needs_token: Whether Ray's token guards it.
+    """
+
+    reason: str
+    matches: Callable[[Listener], bool]
+    needs_token: bool
+
+
+OPEN_SOCKETS = (
+    OpenSocket(
+        "A replica's gRPC port. Serve binds it to every address and has no option for it. Calls between deployments "
+        "are unpickled there, so it must ask for Ray's token, which only this run's processes know.",
+        lambda listener: listener.process.startswith("ray::ServeReplica:") and listener.address == "::",
+        needs_token=True,
+    ),
+)
+
+
+def listeners(served: Served) -> list[Listener]:
+    found = []
+    for process in [*served.members(), psutil.Process(served.process.pid)]:
+        name = " ".join(process.cmdline()[:1]) or process.name()
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.append(Listener(name, connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+def test_every_socket_listens_on_loopback_or_is_excepted_by_name(served: Served) -> None:
+    everything = listeners(served)
+    assert any(listener.port == served.port for listener in everything), "HAProxy's own socket was not found"
+    assert any(listener.process.startswith("ray::ServeReplica:") for listener in everything)
+    open_ = [listener for listener in everything if not listener.is_on_loopback]
+    unknown = [listener for listener in open_ if not any(known.matches(listener) for known in OPEN_SOCKETS)]
+    assert unknown == [], "reachable from other machines, and nobody has said why"
+    for known in OPEN_SOCKETS:
+        assert any(map(known.matches, open_)), f"no longer true, delete it: {known.reason}"
+
+
+def test_what_is_open_refuses_whoever_lacks_the_token(served: Served) -> None:
+    token = Path(served.members()[0].environ()["RAY_AUTH_TOKEN_PATH"]).read_text()
+    known = [opened for opened in OPEN_SOCKETS if opened.needs_token]
+    guarded = [listener for listener in listeners(served) if any(k.matches(listener) for k in known)]
+    assert guarded
+    for listener in guarded:
+        assert call(listener.port, None) is grpc.StatusCode.UNAUTHENTICATED
+        assert call(listener.port, "0" * 64) is grpc.StatusCode.UNAUTHENTICATED
+        assert call(listener.port, token) is not grpc.StatusCode.UNAUTHENTICATED  # or this test would prove nothing
+
+
+def call(port: int, token: str | None) -> grpc.StatusCode:
+    """Call a replica as another deployment would, with an empty message; return how it ended."""
+    metadata = [] if token is None else [("authorization", f"Bearer {token}")]
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        try:
+            method(b"", metadata=metadata, timeout=20)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    return grpc.StatusCode.OK
+
+
+def test_the_token_is_neither_printed_nor_passed_as_an_argument(served: Served) -> None:
+    path = Path(served.members()[0].environ()["RAY_AUTH_TOKEN_PATH"])
+    token = path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+    assert path.parent.stat().st_mode & 0o077 == 0
+    assert token not in served.output
+    for process in served.members():
+        assert token not in " ".join(process.cmdline())
+        assert token not in process.environ().values()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "problem"),
+    [
+        pytest.param(["--port", "{port}"], None, "Cannot listen on 127.0.0.1:{port}", id="port in use"),
+        pytest.param([], "applications: [", "is not valid YAML", id="bad YAML"),
+        pytest.param([], "models: []", "is not a Serve config", id="not a Serve config"),
+        pytest.param(
+            ["--port", "0"],
+            "applications: [{import_path: 'deployments.app:build', "
+            "args: {models: [{name: a, engine_args: {model: ./nowhere}}]}}]",
+            "does not exist",
+            id="missing model",
+        ),
+    ],
+)
+def test_says_in_one_sentence_why_it_cannot_start(
+    served: Served, tmp_path: Path, arguments: list[str], text: str | None, problem: str
+) -> None:
+    config = CONFIG
+    if text is not None:
+        config = tmp_path / "config.yaml"
+        config.write_text(text)
+    given = [argument.format(port=served.port) for argument in arguments]
+    result = subprocess.run(
+        command(str(config), *given),
+        cwd=ROOT,
+        env=offline_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert problem.format(port=served.port) in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether it runs: a zombie has ended, and waits for whoever adopted it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_ctrl_c_leaves_nothing_behind(served: Served) -> None:
+    folder = Path(served.members()[0].environ()["RAY_AUTH_TOKEN_PATH"]).parent
+    everybody = served.members()
+    assert len(everybody) > 5
+    begin = time.monotonic()
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(STOP_LIMIT_S) == 0
+    assert time.monotonic() - begin < STOP_LIMIT_S
+    assert served.members() == []
+    assert [process for process in everybody if is_alive(process)] == []
+    assert not folder.exists()
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", served.port))

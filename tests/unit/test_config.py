@@ -1,0 +1,42 @@
+"""The configuration's shape, without vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deployments.config import AppConfig, merged
+from deployments.errors import ConfigError
+
+MODEL = {"name": "m", "engine_args": {"model": "./m"}}
+
+
+def test_a_minimal_config_is_enough() -> None:
+    config = AppConfig.parse({"models": [MODEL]})
+    assert config.models[0].deployment_name == "Engine-m"
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ({}, "models"),
+        ({"models": []}, "models"),
+        ({"models": [{"name": "m", "engine_args": {}}]}, "engine_args.model is missing"),
+        ({"models": [MODEL], "ruoter": {}}, "ruoter"),
+        ({"models": [MODEL, MODEL]}, "two models share the name 'm'"),
+        ({"models": [MODEL], "router": {"max_body_bytes": -1}}, "max_body_bytes"),
+    ],
+)
+def test_a_mistake_is_named(args: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        AppConfig.parse(args)
+
+
+def test_a_hub_id_gives_a_name_that_serve_takes() -> None:
+    model = {"name": "Qwen/Qwen3-0.6B", "engine_args": {"model": "Qwen/Qwen3-0.6B"}}
+    assert AppConfig.parse({"models": [model]}).models[0].deployment_name == "Engine-Qwen-Qwen3-0.6B"
+
+
+def test_overrides_merge_key_by_key() -> None:
+    assert merged({"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"y": 3}}) == {"a": {"x": 1, "y": 3}, "b": 1}

@@ -1,0 +1,142 @@
+"""The app in front: where a request goes, and what it hears when it can go nowhere."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
+
+pytestmark = pytest.mark.asyncio
+CHAT = "/v1/chat/completions"
+
+
+class RecordingApp:
+    """A stub model app: remembers the bodies it was given."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+async def ask(
+    dispatcher: Dispatcher, path: str = CHAT, body: bytes = b"", method: str = "POST", chunks: list[bytes] | None = None
+) -> tuple[int, Any, dict[str, str]]:
+    parts = chunks if chunks is not None else [body]
+    inbox: list[Message] = [
+        {"type": "http.request", "body": part, "more_body": i < len(parts) - 1} for i, part in enumerate(parts)
+    ]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return inbox.pop(0) if inbox else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: Scope = {"type": "http", "method": method, "path": path, "headers": []}
+    await dispatcher(scope, receive, send)
+    if not sent:
+        return 0, None, {}
+    raw = b"".join(m.get("body", b"") for m in sent[1:])
+    headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+    return sent[0]["status"], json.loads(raw) if raw else None, headers
+
+
+def make(models: dict[str, RecordingApp], **options: Any) -> Dispatcher:
+    async def resolve(name: str) -> App | None:
+        return models.get(name)
+
+    async def health() -> tuple[int, str, bytes]:
+        return 200, "application/json", b'{"status": "ok"}'
+
+    options.setdefault("max_body_bytes", 1000)
+    return Dispatcher(resolve, models, [CHAT], {"/health": health}, **options)
+
+
+async def test_model_selects_the_app_and_the_body_arrives_whole() -> None:
+    a, b = RecordingApp(), RecordingApp()
+    body = b'{"model": "b", "messages": []}'
+    status, _, _ = await ask(make({"a": a, "b": b}), chunks=[body[:7], body[7:]])
+    assert status == 200
+    assert (a.bodies, b.bodies) == ([], [body])
+
+
+async def test_a_single_model_needs_no_name() -> None:
+    app = RecordingApp()
+    assert (await ask(make({"a": app}), body=b"{}"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        (b"", 400, "empty"),
+        (b"{", 400, "not valid JSON"),
+        (b"[]", 400, "JSON object"),
+        (b'{"model": 7}', 400, "must be one of: a, b"),
+        (b"{}", 400, "must be one of: a, b"),
+        (b'{"model": "zz"}', 404, "does not exist"),
+        (b'{"model": "a", "use_beam_search": true}', 501, "Beam search"),
+        (b'{"model": "a", "background": true}', 501, "Background"),
+        (b'{"model": "a", "previous_response_id": "resp_1"}', 501, "stored response"),
+        (b'{"model": "a", "x": "' + b"y" * 1000 + b'"}', 413, "larger than 1000 bytes"),
+        (b"[" * 900, 400, ""),
+        (b'{"model": "\xff"}', 400, "not valid JSON"),
+    ],
+)
+async def test_a_bad_body_is_answered_in_openai_shape(body: bytes, status: int, word: str) -> None:
+    dispatcher = make({"a": RecordingApp(), "b": RecordingApp()})
+    got, answer, _ = await ask(dispatcher, body=body)
+    assert got == status
+    assert word in answer["error"]["message"]
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_an_unknown_model_is_openais_404() -> None:
+    _, answer, _ = await ask(make({"a": RecordingApp()}), body=b'{"model": "zz"}')
+    assert answer["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/health", 200),
+        ("HEAD", "/health", 200),
+        ("POST", "/health", 405),
+        ("GET", CHAT, 405),
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/responses/resp_1", 501),
+        ("POST", "/v1/responses/resp_1/cancel", 501),
+    ],
+)
+async def test_paths_and_methods(method: str, path: str, status: int) -> None:
+    assert (await ask(make({"a": RecordingApp()}), path=path, method=method))[0] == status
+
+
+async def test_a_body_without_a_length_is_cut_off_at_the_bound() -> None:
+    status, answer, _ = await ask(make({"a": RecordingApp()}), chunks=[b"x" * 600, b"x" * 600, b"x" * 600])
+    assert status == 413
+    assert answer["error"]["code"] == "request_too_large"
+
+
+async def test_a_client_that_hangs_up_in_its_body_is_no_error_and_gets_no_answer() -> None:
+    counted: list[int] = []
+    dispatcher = make({"a": RecordingApp()}, count=lambda path, status: counted.append(status))
+    assert (await ask(dispatcher, chunks=[]))[0] == 0
+    assert counted == [499]
+
+
+async def test_an_internal_error_is_opaque() -> None:
+    async def resolve(name: str) -> App | None:
+        raise RuntimeError("secret path /etc/x")
+
+    dispatcher = Dispatcher(resolve, ["a"], [CHAT], {}, max_body_bytes=100)
+    status, answer, _ = await ask(dispatcher, body=b'{"model": "a"}')
+    assert status == 500
+    assert "secret" not in json.dumps(answer)

@@ -1,0 +1,90 @@
+"""Placement is a pure function of what a Router booked and what heartbeats say."""
+
+from __future__ import annotations
+
+import random
+
+from deployments.fleet.placement import Ledger, ReplicaLoad, cost, rank
+
+
+def ledger() -> Ledger:
+    return Ledger(rng=random.Random(0))
+
+
+def test_the_idle_replica_comes_first() -> None:
+    loads = {"a": ReplicaLoad(prefill_tokens=500, streams=1), "b": ReplicaLoad()}
+    assert rank(["a", "b"], loads, 100, rng=random.Random(0)) == ["b", "a"]
+
+
+def test_an_unknown_replica_counts_as_idle() -> None:
+    loads = {"a": ReplicaLoad(streams=1)}
+    assert rank(["a", "new"], loads, 10, rng=random.Random(0))[0] == "new"
+
+
+def test_one_long_prompt_weighs_as_much_as_many_short_ones() -> None:
+    loads = {"long": ReplicaLoad(prefill_tokens=4000, streams=1), "short": ReplicaLoad(prefill_tokens=80, streams=8)}
+    assert rank(["long", "short"], loads, 10, rng=random.Random(0)) == ["short", "long"]
+
+
+def test_streams_another_router_placed_count_but_our_own_are_not_counted_twice() -> None:
+    ours = ReplicaLoad(streams=4, reported_streams=4)
+    theirs = ReplicaLoad(streams=0, reported_streams=4)
+    assert cost(ours, 0) == cost(theirs, 0)
+
+
+def test_a_replica_about_to_preempt_comes_last() -> None:
+    loads = {"full": ReplicaLoad(kv_cache_usage=0.99), "busy": ReplicaLoad(prefill_tokens=2000, streams=6)}
+    assert rank(["full", "busy"], loads, 100, rng=random.Random(0)) == ["busy", "full"]
+
+
+def test_ties_are_spread() -> None:
+    rng = random.Random(1)
+    firsts = {rank(["a", "b", "c"], {}, 10, rng=rng)[0] for _ in range(60)}
+    assert firsts == {"a", "b", "c"}
+
+
+def test_a_place_is_booked_before_the_next_request_is_ranked() -> None:
+    book = ledger()
+    chosen = [book.place(book.book(100, 1), ["a", "b"])[0] for _ in range(10)]
+    assert chosen.count("a") == chosen.count("b") == 5
+
+
+def test_long_and_short_requests_mixed_end_up_with_even_work() -> None:
+    book, rng = ledger(), random.Random(2)
+    for _ in range(200):
+        book.place(book.book(rng.choice([20, 2000]), 1), ["a", "b", "c"])
+    work = [load.prefill_tokens for load in book.loads().values()]
+    assert max(work) - min(work) <= 2000 + 64 * 20
+
+
+def test_a_finished_request_leaves_nothing_behind() -> None:
+    book = ledger()
+    booking = book.book(100, 2)
+    book.place(booking, ["a"])
+    booking.prefilled()
+    assert book.loads()["a"] == ReplicaLoad(prefill_tokens=0, streams=2)
+    booking.release()
+    booking.release()
+    assert book.loads()["a"] == ReplicaLoad()
+
+
+def test_a_booking_follows_the_request_to_the_replica_that_accepted_it() -> None:
+    book = ledger()
+    booking = book.book(100, 1)
+    first = book.place(booking, ["a", "b"])[0]
+    other = "b" if first == "a" else "a"
+    booking.move(other)
+    assert book.loads()[first].streams == 0
+    assert book.loads()[other] == ReplicaLoad(prefill_tokens=100, streams=1)
+
+
+def test_a_lost_replica_is_forgotten_with_its_last_booking() -> None:
+    book = ledger()
+    booking = book.book(10, 1)
+    book.place(booking, ["a"])
+    book.report("a", running=3, waiting=1, kv_cache_usage=0.5)
+    book.forget("a")
+    assert book.loads()["a"] == ReplicaLoad(prefill_tokens=10, streams=1)
+    booking.release()
+    book.forget("a")
+    assert book.loads() == {}
