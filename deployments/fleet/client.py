@@ -259,7 +259,12 @@ class Flight:
                 "fleet_time_to_first_token_seconds", self._fleet.clock() - self._started, model=self._fleet.model
             )
         self._next_sequence += 1
-        for index in self._submission.deliver(delta.output, weight_version):
+        try:
+            surplus = self._submission.deliver(delta.output, weight_version)
+        except Exception:
+            logger.exception("Request %s: an output could not be read", self._submission.request_id)
+            return self.lose("its output could not be read")
+        for index in surplus:
             self._abort(index)
         if self._submission.finished or self._last_sequence == delta.sequence:
             self._complete.set_result(None)

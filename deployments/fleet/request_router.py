@@ -6,14 +6,18 @@ goes anywhere. Everything else, from capacity to retries on rejection, stays Ser
 
 from __future__ import annotations
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 from deployments.fleet.client import Ticket
 from deployments.fleet.replica_watch import changed
 
 
-class FleetRequestRouter(RequestRouter):
-    """Follows the ranking that each call brings along."""
+class FleetRequestRouter(FIFOMixin, RequestRouter):
+    """Follows the ranking that each call brings along.
+
+    First in, first out: Serve's other way of matching goes by a request id, which all calls of one HTTP request share,
+    and a completion with two prompts makes two.
+    """
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)

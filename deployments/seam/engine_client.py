@@ -104,8 +104,10 @@ class RequestSubmission:
         return not self._delivered
 
     def fail(self, error: PublicError) -> None:
-        self.abort()
-        self._queue.put(PublicHTTPError(error))
+        try:
+            self.abort()
+        finally:  # whatever state the request is in, its client must hear
+            self._queue.put(PublicHTTPError(error))
 
     def abort(self) -> None:
         """Forget the request's state in the Router."""
