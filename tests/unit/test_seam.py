@@ -1,0 +1,146 @@
+"""All that the seam relies on in vLLM, so that a version bump fails here, and says what moved."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import msgspec
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.engine.protocol import EngineClient
+from vllm.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from deployments.seam.args import parse_args
+from deployments.seam.engine_client import FleetClient, lora_int_id
+from deployments.seam.wire import Codec, Delta
+
+# Left at vLLM's own default: they raise NotImplementedError, or mean nothing over a fleet.
+LEFT_AT_DEFAULT = {
+    "collective_rpc",
+    "compute_weight_checksums",
+    "finish_weight_update",
+    "get_kv_event_sources",
+    "get_status",
+    "get_weight_version",
+    "handle_fault",
+    "init_weight_transfer_engine",
+    "scale_elastic_ep",
+    "shutdown_weight_transfer_engine",
+    "start_draft_weight_update",
+    "start_weight_update",
+    "update_weight_version",
+    "update_weights",
+}
+
+
+def keywords(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters) - {"self"}
+
+
+def test_every_member_of_engine_client_is_served_or_left_out_on_purpose() -> None:
+    members = {name for name in vars(EngineClient) if not name.startswith("_")}
+    ours = {name for name in vars(FleetClient) if not name.startswith("_")}
+    assert members - ours == LEFT_AT_DEFAULT, "vLLM's EngineClient changed: serve the new member or name it here"
+
+
+def test_generate_and_encode_take_the_keywords_we_know() -> None:
+    assert keywords(EngineClient.generate) == {
+        "prompt",
+        "sampling_params",
+        "request_id",
+        "prompt_text",
+        "lora_request",
+        "tokenization_kwargs",
+        "trace_headers",
+        "priority",
+        "data_parallel_rank",
+        "session_id",
+        "kv_hints",
+        "reasoning_ended",
+        "reasoning_parser_kwargs",
+    }
+    assert keywords(EngineClient.encode) == keywords(FleetClient.encode)
+
+
+def test_the_structs_on_the_wire_have_the_fields_we_know() -> None:
+    assert set(EngineCoreOutput.__struct_fields__) == {
+        "request_id",
+        "new_token_ids",
+        "new_logprobs",
+        "new_prompt_logprobs_tensors",
+        "pooling_output",
+        "finish_reason",
+        "stop_reason",
+        "events",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "trace_headers",
+        "prefill_stats",
+        "routed_experts",
+        "num_nans_in_logits",
+        "mm_cache_miss_hashes",
+        "new_sampling_mask",
+        "spec_decode_metrics",
+        "prompt_token_id_logprobs",
+    }
+    assert {"request_id", "external_req_id", "reasoning_ended", "lora_request"} <= set(
+        EngineCoreRequest.__struct_fields__
+    )
+
+
+@pytest.mark.parametrize("output", [RequestOutput, CompletionOutput, PoolingRequestOutput])
+def test_outputs_are_made_by_vllm_itself(output: type) -> None:
+    assert "finished" in keywords(output.__init__) or hasattr(output, "finished")
+
+
+@pytest.mark.parametrize("name", ["_add_request", "_run_output_handler", "abort", "get_supported_tasks"])
+def test_the_engine_uses_what_async_llm_has(name: str) -> None:
+    assert hasattr(AsyncLLM, name)
+
+
+def test_a_delta_survives_the_wire_and_a_stranger_does_not() -> None:
+    codec = Codec()
+    delta = Delta(1, 2, 0, EngineCoreOutput("0", [5, 6]))
+    batch = codec.decode_deltas([bytes(frame) for frame in codec.encode_deltas("v1", [delta])])
+    assert (batch.weight_version, batch.deltas[0].output.new_token_ids) == ("v1", [5, 6])
+    with pytest.raises(msgspec.MsgspecError):
+        codec.decode_deltas([b"\x00garbage"])
+
+
+def test_an_adapter_has_the_same_id_in_every_process() -> None:
+    assert lora_int_id("sql") == lora_int_id("sql") != lora_int_id("legal")
+    assert 0 < lora_int_id("sql") < 2**31
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "frontend_args", "words"),
+    [
+        ({"model": "m", "dtyp": "float16"}, {}, "engine_args.dtyp is not an option of vLLM; did you mean 'dtype'"),
+        ({"model": "m"}, {"tool_call_parsre": "x"}, "did you mean 'tool_call_parser'"),
+        ({"model": "m", "dtype": "float17"}, {}, "dtype"),
+        ({"model": "m", "port": 1}, {}, "http_options"),
+        ({"model": "m", "seed": 1}, {"seed": 2}, "given twice"),
+    ],
+)
+def test_a_mistaken_option_is_named(engine_args: dict[str, Any], frontend_args: dict[str, Any], words: str) -> None:
+    from deployments.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=words):
+        parse_args("m", engine_args, frontend_args)
+
+
+def test_options_arrive_as_from_the_command_line() -> None:
+    args = parse_args(
+        "m",
+        {"model": "./m", "dtype": "float16", "max-model-len": 2048, "enable_prefix_caching": False},
+        {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "lora_modules": ["sql=./sql"]},
+    )
+    assert (args.model, args.dtype, args.max_model_len) == ("./m", "float16", 2048)
+    assert args.enable_prefix_caching is False
+    assert [module.name for module in args.lora_modules] == ["sql"]
+    assert args.enable_prompt_tokens_details is True
