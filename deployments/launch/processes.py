@@ -84,16 +84,16 @@ def stop(
     """
     begin = time.monotonic()
     asked: set[psutil.Process] = set()
-    while processes := members(run_id):
+    # A process that is dying has lost its environment already, but not yet its ports: hence also those we have asked.
+    while processes := {*members(run_id), *filter(_is_alive, asked)}:
         waited_s = time.monotonic() - begin
         if waited_s > limit_s:
             return False
         kill = waited_s > grace_s or hurry()
-        for process in processes:
-            if kill or process not in asked:
-                asked.add(process)
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+        for process in processes if kill else processes - asked:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+        asked |= processes
         time.sleep(POLL_S)
     return True
 
@@ -150,8 +150,16 @@ def state_folder() -> Path:
 
 def _is_member(process: psutil.Process, run_id: str) -> bool:
     try:
-        return process.environ().get(RUN_ID) == run_id and process.status() != psutil.STATUS_ZOMBIE
+        return process.environ().get(RUN_ID) == run_id and _is_alive(process)
     except (psutil.Error, OSError):  # gone, or somebody else's
+        return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Return whether it runs: a zombie has let go of everything, and waits for whoever adopted it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

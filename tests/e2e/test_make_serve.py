@@ -7,107 +7,21 @@ Set GROUNDSWELL_TEST_CONFIG to serve another config file.
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 import shlex
 import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
 
-from deployments.launch.environment import RUN_ID
-from deployments.launch.processes import members
-
-ROOT = Path(__file__).parents[2]
-CONFIG = Path(os.environ.get("GROUNDSWELL_TEST_CONFIG", ROOT / "serve_config.yaml"))
-START_LIMIT_S = 300
-STOP_LIMIT_S = 10
-
-
-@dataclass
-class Served:
-    """A running `groundswell serve`.
-
-    Attributes:
-        process: The command line.
-        port: Its HTTP port.
-        lines: What it has printed so far.
-        run_id: Marks its processes.
-        ready: Set once it has said that it is ready, or has ended.
-    """
-
-    process: subprocess.Popen[str]
-    port: int
-    lines: list[str] = field(default_factory=list)
-    run_id: str = ""
-    ready: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def output(self) -> str:
-        return "\n".join(self.lines)
-
-    def members(self) -> list[psutil.Process]:
-        return members(self.run_id)
-
-    def read(self) -> None:
-        """Collect what is printed until the end."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-            if line.startswith("Ctrl-C"):
-                self.ready.set()
-        self.ready.set()
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "deployments.cli", "serve", *arguments]
-
-
-def offline_environment(state: Path) -> dict[str, str]:
-    without = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", RUN_ID)}
-    return {**without, "HF_HUB_OFFLINE": "1", "XDG_STATE_HOME": str(state)}
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    port = free_port()
-    process = subprocess.Popen(
-        command(str(CONFIG), "--port", str(port)),
-        cwd=ROOT,
-        env=offline_environment(tmp_path_factory.mktemp("state")),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    served = Served(process, port)
-    threading.Thread(target=served.read, daemon=True).start()
-    try:
-        assert served.ready.wait(START_LIMIT_S), f"not ready in {START_LIMIT_S} s:\n{served.output}"
-        assert process.poll() is None, served.output
-        driver = psutil.Process(process.pid).children()[0]
-        served.run_id = driver.environ()[RUN_ID]
-        yield served
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(2 * STOP_LIMIT_S)
-        finally:
-            process.kill()
+from tests.e2e.serving import CONFIG, ROOT, STOP_LIMIT_S, Served, command, offline_environment
 
 
 def test_says_where_it_is_and_the_request_it_prints_works(served: Served) -> None:

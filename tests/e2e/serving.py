@@ -1,0 +1,71 @@
+"""A running `groundswell serve`, as the end-to-end tests use it: started once for all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from deployments.launch.environment import RUN_ID
+from deployments.launch.processes import members
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Path(os.environ.get("GROUNDSWELL_TEST_CONFIG", ROOT / "serve_config.yaml"))
+START_LIMIT_S = 300
+STOP_LIMIT_S = 10
+
+
+@dataclass
+class Served:
+    """A running `groundswell serve`.
+
+    Attributes:
+        process: The command line.
+        port: Its HTTP port.
+        lines: What it has printed so far.
+        run_id: Marks its processes.
+        ready: Set once it has said that it is ready, or has ended.
+    """
+
+    process: subprocess.Popen[str]
+    port: int
+    lines: list[str] = field(default_factory=list)
+    run_id: str = ""
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def members(self) -> list[psutil.Process]:
+        return members(self.run_id)
+
+    def read(self) -> None:
+        """Collect what is printed until the end."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith("Ctrl-C"):
+                self.ready.set()
+        self.ready.set()
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "deployments.cli", "serve", *arguments]
+
+
+def offline_environment(state: Path) -> dict[str, str]:
+    without = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", RUN_ID)}
+    return {**without, "HF_HUB_OFFLINE": "1", "XDG_STATE_HOME": str(state)}
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
