@@ -79,6 +79,20 @@ class _Run:
             self.done.set_result(m.End(self._sequence, outcome, message, param))
 
 
+def cpu_environment(cores: int) -> dict[str, str]:
+    """Return what an engine on CPUs needs of its environment; a model's own `env` wins.
+
+    Ray sets `OMP_NUM_THREADS` from `num_cpus`, so an engine with half a CPU would prefill on one thread. vLLM pins its
+    threads one engine at a time, so two engines would share some cores and leave others idle; and it wants 92% of a
+    NUMA node's memory, or refuses to start, unless told how many GiB the KV cache may have.
+    """
+    return {
+        "OMP_NUM_THREADS": str(cores),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+    }
+
+
 class Engine:
     """Made a deployment in `app.py`.
 
@@ -89,7 +103,7 @@ class Engine:
     """
 
     async def __init__(self, model: ModelConfig, fleet: FleetConfig, num_gpus: float) -> None:  # type: ignore[misc]
-        os.environ.update(model.env)
+        os.environ.update({**cpu_environment(len(os.sched_getaffinity(0))), **model.env} if not num_gpus else model.env)
         from ray import serve
 
         from deployments.seam import logs

@@ -68,12 +68,6 @@ def defaults(run_folder: Path) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
-        # On CPU vLLM takes 92% of a NUMA node's memory and refuses to start without it, unless told how much (in GiB).
-        # It pins its threads to cores one engine at a time, so two engines would share some cores and leave others
-        # idle; and Ray would give an engine with half a CPU a single thread. GPUs ignore all three.
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         # When a replica dies, what it started dies with it (Ray's default, said here because we rely on it).
         "RAY_process_group_cleanup_enabled": "1",
         # Nothing is reported to anybody.

@@ -1,0 +1,64 @@
+"""An engine that dies takes nothing with it: not its processes' memory, not the server, not the next request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import requests
+
+from tests.e2e.serving import Served
+
+REPLACED_WITHIN_S = 240
+ASK: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Hello there"}],
+    "max_tokens": 4,
+}
+
+
+def named(served: Served, part: str) -> list[psutil.Process]:
+    found = []
+    for process in served.members():
+        try:
+            if part in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float, what: str) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.2)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def answers(served: Served) -> bool:
+    reply = requests.post(f"http://127.0.0.1:{served.port}/v1/chat/completions", json=ASK, timeout=REPLACED_WITHIN_S)
+    return reply.status_code == 200
+
+
+def test_vllms_processes_do_not_outlive_a_killed_replica_and_a_waiting_request_is_served(served: Served) -> None:
+    replica = named(served, "ServeReplica:groundswell:Engine")
+    engine = named(served, "VLLM::")
+    assert len(replica) == 1 and engine
+    replica[0].kill()
+    wait_for(lambda: gone(engine), 10, "EngineCore and Worker are gone")
+    assert answers(served)
+
+
+def test_a_replica_whose_engine_core_died_is_replaced(served: Served) -> None:
+    replica = named(served, "ServeReplica:groundswell:Engine")
+    core = named(served, "VLLM::EngineCore")
+    assert len(core) == 1
+    core[0].kill()
+    wait_for(lambda: gone(replica), 20, "the replica has left")
+    assert answers(served)
