@@ -35,9 +35,16 @@ def build(args: dict[str, Any]) -> Application:
 
     parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
     engines = {model.name: _engine(model, config, parsed[model.name]) for model in config.models}
-    options = merged(_router_defaults(), config.router.deployment)
+    options = _deployment_options(_router_defaults(), config.router.deployment)
     ingress = serve.ingress()(Router)
     return serve.deployment(ingress, name=ROUTER_NAME, **options).bind(config, engines)
+
+
+def _deployment_options(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    options = merged(defaults, given)
+    if isinstance(given.get("num_replicas"), int):
+        del options["autoscaling_config"]  # Serve takes one or the other
+    return options
 
 
 def _router_defaults() -> dict[str, Any]:
@@ -62,7 +69,7 @@ def _router_defaults() -> dict[str, Any]:
 
 
 def _engine(model: ModelConfig, config: AppConfig, args: Namespace) -> Application:
-    options = merged(engine_defaults(args, gpu=_has_cuda_build()), model.deployment)
+    options = _deployment_options(engine_defaults(args, gpu=_has_cuda_build()), model.deployment)
     num_gpus = float(options["ray_actor_options"].get("num_gpus") or 0)
     return serve.deployment(Engine, name=model.deployment_name, **options).bind(model, config.router.fleet, num_gpus)
 

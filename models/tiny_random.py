@@ -41,6 +41,7 @@ END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN)
+MARKUP_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # what reasoning and tool parsers look for
 
 CONFIG: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -200,7 +201,10 @@ def _write_tokenizer(folder: Path) -> None:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        special_tokens=[
+            *(AddedToken(token, special=True) for token in SPECIAL_TOKENS),
+            *(AddedToken(token, special=False) for token in MARKUP_TOKENS),
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -198,12 +198,13 @@ class Flight:
 
     def _messages(self, call: EngineCall) -> asyncio.Task[m.End | None]:
         async def read() -> m.End | None:
+            end = None
             try:
-                async for message in call:
+                async for message in call:  # to its very end, or Serve would take the call for cancelled
                     if isinstance(message, m.Accepted):
                         self._accepted(message)
                     else:
-                        return message
+                        end = message
             except (EngineFailure, PublicError):
                 raise
             except asyncio.CancelledError:
@@ -213,7 +214,7 @@ class Flight:
                 raise EngineFailure("its call was cancelled from outside") from None
             except Exception as error:
                 raise EngineFailure(f"{type(error).__name__} in its call") from error
-            return None
+            return end
 
         return self._loop.create_task(read())
 
