@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve.groundswell.router")
 
 _FLEET_METRICS_PERIOD_S = 5.0
+_JOIN_RETRY_S = 2.0
 
 
 class Router:
@@ -210,7 +211,7 @@ class _Model:
             metrics=metrics,
         )
         self._lock = asyncio.Lock()
-        self._joining: set[asyncio.Task[None]] = set()
+        self._joining: asyncio.Task[None] | None = None
         self.built: FastAPI | None = None
 
     @property
@@ -252,19 +253,21 @@ class _Model:
 
     def _on_replicas(self, replicas: frozenset[str]) -> None:
         """Serve's set of running replicas changed."""
-        if self.fleet.set_replicas(replicas):
-            task = asyncio.get_running_loop().create_task(self._join())
-            self._joining.add(task)
-            task.add_done_callback(self._joining.discard)
+        self.fleet.set_replicas(replicas)
+        if self._joining is None or self._joining.done():
+            self._joining = asyncio.get_running_loop().create_task(self._join())
 
     async def _join(self) -> None:
-        try:
-            for description in await self._calls.join(self._channel):
-                self.fleet.joined(description)
-                if self.built is None:
+        """Have replicas join the channel until none is missing."""
+        while self.fleet.missing:
+            try:
+                for description in await self._calls.join(self._channel):
+                    self.fleet.joined(description)
                     await self._build(description)
-        except Exception:
-            logger.exception("Replicas of %s could not be joined to the token channel", self.name)
+            except Exception:
+                logger.exception("Replicas of %s could not be joined to the token channel", self.name)
+            if self.fleet.missing:
+                await asyncio.sleep(_JOIN_RETRY_S)
 
     async def cards(self) -> list[dict[str, Any]]:
         """Return OpenAI's model objects; of a model whose app still waits for an engine, the names alone."""

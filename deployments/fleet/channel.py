@@ -248,6 +248,8 @@ class Link:
             except (msgspec.MsgspecError, IndexError) as error:
                 self._end.metrics.inc("channel_dropped_messages", reason="malformed")
                 logger.warning("A malformed message on the token channel was dropped: %s", error)
+        elif frames[0] != m.PING:
+            self._end.metrics.inc("channel_dropped_messages", reason="unknown_kind")
 
     def send(self, kind: bytes, frames: Frames) -> bool:
         """Send without ever waiting; a link whose buffer is full fails at once."""

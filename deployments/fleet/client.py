@@ -364,6 +364,7 @@ class Fleet:
         self.metrics, self.clock = metrics, clock
         self.admission = Admission(max_queued, clock=clock)
         exchange.fleets[model] = self
+        self._running: frozenset[str] = frozenset()
         self.replicas: dict[str, m.EngineDescription] = {}
         self.heartbeats: dict[str, m.Heartbeat] = {}
 
@@ -379,22 +380,28 @@ class Fleet:
         """Send a request on its way; its outputs and its failure reach `submission`."""
         return Flight(self, submission)
 
-    def set_replicas(self, running: frozenset[str]) -> bool:
-        """Take over Serve's set of running replicas; return whether one of them has yet to join.
+    def set_replicas(self, running: frozenset[str]) -> None:
+        """Take over Serve's set of running replicas.
 
         One that left the set may be draining, so its streams stay: its death is told by its calls and heartbeats.
         """
+        self._running = running
         for gone in self.replicas.keys() - running:
             del self.replicas[gone]
             self.heartbeats.pop(gone, None)
             self.ledger.forget(gone)
         self._count_capacity()
-        return bool(running - self.replicas.keys())
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Running replicas that have yet to join the channel."""
+        return self._running - self.replicas.keys()
 
     def joined(self, description: m.EngineDescription) -> None:
-        """A running replica is connected to the channel."""
-        self.replicas[description.replica] = description
-        self._count_capacity()
+        """A replica is connected to the channel."""
+        if description.replica in self._running:
+            self.replicas[description.replica] = description
+            self._count_capacity()
 
     def _count_capacity(self) -> None:
         self.admission.capacity = sum(replica.max_num_seqs for replica in self.replicas.values())

@@ -6,6 +6,7 @@ Source: `vllm/entrypoints/launchers/app.py` (`build_app`) and `launchers/api_ser
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.tasks import SupportedTask
 
+from deployments.errors import NotFound, PublicError
 from deployments.seam.engine_client import FleetClient, PublicHTTPError
 
 MOUNTED: Final = frozenset(
@@ -85,6 +87,7 @@ async def build_model_app(args: Namespace, client: FleetClient) -> FastAPI:
     # The load is counted by the Router; vLLM's own metrics and scaling middleware guard what is not there.
     app.user_middleware[:] = [m for m in app.user_middleware if _is_kept(m, args)]
     app.add_exception_handler(PublicHTTPError, _public_error)
+    app.add_exception_handler(404, partial(_not_for_this_model, args.served_model_name[0]))
     app.middleware_stack = None
     return app
 
@@ -97,7 +100,16 @@ def _is_kept(middleware: Any, args: Namespace) -> bool:
 
 async def _public_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, PublicHTTPError)
-    return JSONResponse(exc.error.body(), status_code=exc.error.status, headers=exc.error.headers())
+    return _response(exc.error)
+
+
+async def _not_for_this_model(name: str, request: Request, exc: Exception) -> JSONResponse:
+    """Answer for a path that some models serve, and this one does not: vLLM mounts what the model can do."""
+    return _response(NotFound(f"The model `{name}` does not serve {request.url.path}.", param="model"))
+
+
+def _response(error: PublicError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
 
 
 async def list_models(app: FastAPI) -> list[dict[str, Any]]:

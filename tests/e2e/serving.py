@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,3 +72,31 @@ def free_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return int(bound.getsockname()[1])
+
+
+@contextmanager
+def serving(config: Path, state: Path) -> Iterator[Served]:
+    """Serve `config` on a free port until the block is left."""
+    port = free_port()
+    process = subprocess.Popen(
+        command(str(config), "--port", str(port)),
+        cwd=ROOT,
+        env=offline_environment(state),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    served = Served(process, port)
+    threading.Thread(target=served.read, daemon=True).start()
+    try:
+        assert served.ready.wait(START_LIMIT_S), f"not ready in {START_LIMIT_S} s:\n{served.output}"
+        assert "is ready" in served.output, served.output
+        driver = psutil.Process(process.pid).children()[0]
+        served.run_id = driver.environ()[RUN_ID]
+        yield served
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(2 * STOP_LIMIT_S)
+        finally:
+            process.kill()

@@ -1,0 +1,67 @@
+"""The same file without any of our flags: plain `serve run`, plain proxy, Ray's own transport."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+
+from models import tiny_random
+from tests.e2e.serving import CONFIG, ROOT, START_LIMIT_S, free_port
+
+SHUTDOWN_LIMIT_S = 60
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[int]:
+    tiny_random.write(ROOT / "models" / "tiny-random")
+    config = yaml.safe_load(CONFIG.read_text())
+    config["http_options"]["port"] = free_port()
+    config["applications"][0]["deployments"] = [{"name": "Engine-tiny", "max_ongoing_requests": 7}]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("serve")), "run", str(path)],
+        cwd=ROOT,
+        env={**environment, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield config["http_options"]["port"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(SHUTDOWN_LIMIT_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            print((tmp_path / "log").read_text()[-4000:])
+
+
+def test_serve_run_answers_through_the_plain_proxy(port: int) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while True:
+        assert time.monotonic() < deadline, f"not ready in {START_LIMIT_S} s"
+        try:
+            if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                break
+        except requests.ConnectionError:
+            pass
+        time.sleep(1)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "stream": True}
+    answer = requests.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=120, stream=True)
+    lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == b"data: [DONE]"
+    assert len(lines) > 4
