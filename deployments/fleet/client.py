@@ -169,15 +169,15 @@ class Flight:
         """
         fleet = self._fleet
         self._reset()
-        fleet.exchange.flights[self.stream] = self
         call = fleet.call(
             self._submission.encode(),
             fleet.exchange.channel.address,
             self.stream,
             Ticket(fleet.ledger, self._booking, self._failed_replicas),
         )
+        messages = self._messages(call)
+        fleet.exchange.flights[self.stream] = self
         try:
-            messages = self._messages(call)
             either: set[asyncio.Future[Any]] = {messages, self._complete}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._complete.done():
@@ -189,6 +189,9 @@ class Flight:
             if end is None:
                 raise EngineFailure("its call ended without a word")
             await self._settle(end)
+        except EngineFailure:
+            self.replica = self.replica or self._booking.replica  # where it was placed, if nobody accepted it
+            raise
         finally:
             call.cancel()
             if not messages.done():
@@ -216,7 +219,9 @@ class Flight:
                 raise EngineFailure(f"{type(error).__name__} in its call") from error
             return end
 
-        return self._loop.create_task(read())
+        messages = self._loop.create_task(read())
+        messages.add_done_callback(_retrieve)
+        return messages
 
     def _accepted(self, accepted: m.Accepted) -> None:
         if self._execution not in (None, accepted.execution):
@@ -285,6 +290,12 @@ class Flight:
         if not self.task.done() and not self._submission.finished:
             self._abort(-1)
             self.task.cancel()
+
+
+def _retrieve(messages: asyncio.Task[Any]) -> None:
+    """Look at what became of a call that nobody waits for any more, or asyncio would log it as an error."""
+    if not messages.cancelled():
+        messages.exception()
 
 
 class Exchange:
@@ -409,19 +420,24 @@ class Fleet:
     def on_heartbeat(self, heartbeat: m.Heartbeat) -> None:
         """Take over what a replica says of itself; a hung one loses its streams here, at once."""
         replica = heartbeat.replica
+        hung = bool(heartbeat.unfinished) and heartbeat.seconds_since_step > self.config.engine_stall_timeout_s
         self.heartbeats[replica] = heartbeat
         self.ledger.report(
             replica,
             running=heartbeat.running,
             waiting=heartbeat.waiting,
             kv_cache_usage=heartbeat.kv_cache_usage,
+            hung=hung,
         )
-        if heartbeat.unfinished and heartbeat.seconds_since_step > self.config.engine_stall_timeout_s:
-            self.lose_replica(replica, f"no engine step for {heartbeat.seconds_since_step:.0f} s")
+        if hung:
+            self._lose_flights(replica, f"no engine step for {heartbeat.seconds_since_step:.0f} s")
 
     def lose_replica(self, replica: str, reason: str) -> None:
-        """A replica is gone or hung: its requests go elsewhere or fail, now."""
+        """A replica is gone: its requests go elsewhere or fail, now."""
         self.heartbeats.pop(replica, None)
         self.ledger.forget(replica)
+        self._lose_flights(replica, reason)
+
+    def _lose_flights(self, replica: str, reason: str) -> None:
         for flight in [f for f in self.exchange.flights.values() if f.replica == replica]:
             flight.lose(reason)

@@ -21,6 +21,9 @@ KV_PRESSURE_FROM = 0.9
 """KV cache use above which a replica is about to preempt: recomputation, the costliest thing a placement can cause."""
 KV_PRESSURE_TOKENS = 16384.0
 
+HUNG_TOKENS = 1e9
+"""A hung replica comes last: its place is only kept because it may be the only one."""
+
 
 @dataclass(frozen=True)
 class ReplicaLoad:
@@ -32,6 +35,7 @@ class ReplicaLoad:
         reported_streams: Requests running there by its last heartbeat, from all Routers.
         reported_waiting: Requests queued inside its engine, from all Routers.
         kv_cache_usage: 0 to 1, by its last heartbeat.
+        hung: By its last heartbeat it owes work and makes no step.
     """
 
     prefill_tokens: int = 0
@@ -39,6 +43,7 @@ class ReplicaLoad:
     reported_streams: int = 0
     reported_waiting: int = 0
     kv_cache_usage: float = 0.0
+    hung: bool = False
 
 
 def cost(load: ReplicaLoad, prompt_tokens: int) -> float:
@@ -52,6 +57,7 @@ def cost(load: ReplicaLoad, prompt_tokens: int) -> float:
         + DECODE_STREAM_TOKENS * (load.streams + others - others_waiting)
         + QUEUED_REQUEST_TOKENS * others_waiting
         + KV_PRESSURE_TOKENS * pressure
+        + HUNG_TOKENS * load.hung
     )
 
 
@@ -74,11 +80,10 @@ class _Account:
     reported_streams: int = 0
     reported_waiting: int = 0
     kv_cache_usage: float = 0.0
+    hung: bool = False
 
     def load(self) -> ReplicaLoad:
-        return ReplicaLoad(
-            self.prefill_tokens, self.streams, self.reported_streams, self.reported_waiting, self.kv_cache_usage
-        )
+        return ReplicaLoad(**vars(self))
 
 
 @dataclass
@@ -132,12 +137,12 @@ class Ledger:
     def account(self, replica: str) -> _Account:
         return self._accounts.setdefault(replica, _Account())
 
-    def report(self, replica: str, *, running: int, waiting: int, kv_cache_usage: float) -> None:
+    def report(self, replica: str, *, running: int, waiting: int, kv_cache_usage: float, hung: bool = False) -> None:
         """Take over a heartbeat."""
         with self.lock:
             account = self.account(replica)
             account.reported_streams, account.reported_waiting = running, waiting
-            account.kv_cache_usage = kv_cache_usage
+            account.kv_cache_usage, account.hung = kv_cache_usage, hung
 
     def forget(self, replica: str) -> None:
         """Drop what a replica reported, and its account with the last booking."""
