@@ -30,11 +30,15 @@ def build(args: dict[str, Any]) -> Application:
     Raises:
         ConfigError: Something in `args` cannot work; the message says what and, where it can, what would.
     """
-    config = AppConfig.parse(args)
+    return assemble(AppConfig.parse(args), Engine)
+
+
+def assemble(config: AppConfig, engine: type) -> Application:
+    """Build the app around an Engine class: the real one, or a stub in tests."""
     from deployments.seam.args import parse_args
 
     parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
-    engines = {model.name: _engine(model, config, parsed[model.name]) for model in config.models}
+    engines = {model.name: _engine(engine, model, config, parsed[model.name]) for model in config.models}
     options = _deployment_options(_router_defaults(), config.router.deployment)
     ingress = serve.ingress()(Router)
     return serve.deployment(ingress, name=ROUTER_NAME, **options).bind(config, engines)
@@ -68,10 +72,10 @@ def _router_defaults() -> dict[str, Any]:
     }
 
 
-def _engine(model: ModelConfig, config: AppConfig, args: Namespace) -> Application:
+def _engine(engine: type, model: ModelConfig, config: AppConfig, args: Namespace) -> Application:
     options = _deployment_options(engine_defaults(args, gpu=_has_cuda_build()), model.deployment)
     num_gpus = float(options["ray_actor_options"].get("num_gpus") or 0)
-    return serve.deployment(Engine, name=model.deployment_name, **options).bind(model, config.router.fleet, num_gpus)
+    return serve.deployment(engine, name=model.deployment_name, **options).bind(model, config.router.fleet, num_gpus)
 
 
 def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""Policies, messages and the channel load nothing heavy: they are testable, and importable anywhere, without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("ray", "torch", "vllm")
+PURE = (
+    "deployments.config",
+    "deployments.errors",
+    "deployments.messages",
+    "deployments.dispatch",
+    "deployments.metrics",
+    "deployments.fleet.placement",
+    "deployments.fleet.admission",
+    "deployments.fleet.channel",
+    "deployments.fleet.client",
+)
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_a_pure_module_loads_neither_ray_nor_torch_nor_vllm(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({set(HEAVY)} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stdout.split()) == (0, []), answer.stderr
