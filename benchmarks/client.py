@@ -1,0 +1,181 @@
+"""The load: closed-loop chat clients, in a process of its own so that measuring costs the servers as little as it can.
+
+    python -m benchmarks.client '{"url": "http://127.0.0.1:8000", "model": "tiny", "clients": 32, …}'
+
+Prints one JSON line, a `Result`. Each client sends its next request when it has read the last byte of the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import aiohttp
+import uvloop
+
+WORDS = ("harbour", "catalogue", "station", "queue", "water", "train", "bread", "library", "mountain", "wave", "storm")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to send.
+
+    Attributes:
+        url: The server, without `/v1`.
+        clients: Requests in flight at any time.
+        requests: Requests of each client, one after the other.
+        tokens: Output tokens of each request, exactly: `min_tokens`, `max_tokens` and `ignore_eos`.
+        prompt_words: Length of each prompt. No two prompts of a load are the same.
+        seed: Of the prompts. The same seed asks every server the same.
+        stream: Read server-sent events, or one answer.
+        request_timeout_s: After which a request counts as failed.
+    """
+
+    url: str
+    model: str
+    clients: int = 32
+    requests: int = 2
+    tokens: int = 128
+    prompt_words: int = 40
+    seed: int = 0
+    stream: bool = True
+    request_timeout_s: float = 120.0
+
+
+@dataclass
+class Result:
+    """What came back.
+
+    Attributes:
+        wall_s: From the first request to the end of the last answer.
+        tokens: Output tokens, by the servers' own `usage`, of requests that did not fail.
+        events: Server-sent events, `[DONE]` included: fewer than tokens where a server merges them.
+        completed: Requests that came back whole.
+        errors: Requests that did not, by reason.
+        ttft_s: Per request, to the first event with text in it.
+        tpot_s: Per request, from there to the last event, divided by the tokens after the first.
+        client_cpu_s: This process's own.
+    """
+
+    wall_s: float = 0.0
+    tokens: int = 0
+    events: int = 0
+    completed: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    ttft_s: list[float] = field(default_factory=list)
+    tpot_s: list[float] = field(default_factory=list)
+    client_cpu_s: float = 0.0
+
+    @property
+    def failed(self) -> int:
+        return sum(self.errors.values())
+
+
+class RequestFailed(Exception):
+    """Not the answer that was asked for."""
+
+
+def bodies(load: Load, client: int) -> list[bytes]:
+    """Return the requests of one client."""
+    rng = random.Random(f"{load.seed}/{client}")
+    request: dict[str, Any] = {
+        "model": load.model,
+        "max_tokens": load.tokens,
+        "min_tokens": load.tokens,
+        "ignore_eos": True,
+        "stream": load.stream,
+    }
+    if load.stream:
+        request["stream_options"] = {"include_usage": True}
+    prompts = (" ".join(rng.choices(WORDS, k=load.prompt_words)) for _ in range(load.requests))
+    return [json.dumps({**request, "messages": [{"role": "user", "content": prompt}]}).encode() for prompt in prompts]
+
+
+async def run(load: Load) -> Result:
+    """Send the load; return what came back. A failed request is counted, and its client goes on."""
+    result = Result()
+    timeout = aiohttp.ClientTimeout(total=load.request_timeout_s)
+    work = [bodies(load, client) for client in range(load.clients)]
+    headers = {"content-type": "application/json"}
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=headers
+    ) as session:
+        started, cpu = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(_client(session, load, requests, result) for requests in work))
+        result.wall_s = time.perf_counter() - started
+        result.client_cpu_s = time.process_time() - cpu
+    return result
+
+
+async def _client(session: aiohttp.ClientSession, load: Load, requests: list[bytes], result: Result) -> None:
+    send = _streamed if load.stream else _whole
+    for body in requests:
+        try:
+            await send(session, load, body, result)
+        except (aiohttp.ClientError, TimeoutError, RequestFailed, ValueError, OSError) as error:
+            result.errors[f"{type(error).__name__}: {error}"[:200]] += 1
+
+
+async def _whole(session: aiohttp.ClientSession, load: Load, body: bytes, result: Result) -> None:
+    async with session.post(f"{load.url}/v1/chat/completions", data=body) as response:
+        answer = await response.read()
+        if response.status != 200:
+            raise RequestFailed(f"HTTP {response.status} {answer[:120]!r}")
+        _count(json.loads(answer), load, result)
+
+
+async def _streamed(session: aiohttp.ClientSession, load: Load, body: bytes, result: Result) -> None:
+    started = time.perf_counter()
+    first = last = 0.0
+    events = 0
+    before, latest, rest = b"", b"", b""
+    async with session.post(f"{load.url}/v1/chat/completions", data=body) as response:
+        if response.status != 200:
+            raise RequestFailed(f"HTTP {response.status} {(await response.read())[:120]!r}")
+        async for data in response.content.iter_any():
+            last = time.perf_counter()
+            *whole, rest = (rest + data).split(b"\n\n")
+            for event in whole:
+                events += 1
+                before, latest = latest, event
+                if not first and _has_text(event):
+                    first = last
+    result.events += events
+    if latest != b"data: [DONE]" or not before.startswith(b'data: {"id"'):
+        raise RequestFailed(f"the stream ended with {before[:120]!r} {latest[:120]!r}")
+    tokens = _count(json.loads(before[6:]), load, result)
+    result.ttft_s.append(first - started)
+    if tokens > 1:
+        result.tpot_s.append((last - first) / (tokens - 1))
+
+
+def _has_text(event: bytes) -> bool:
+    choices = json.loads(event[6:]).get("choices") if event.startswith(b"data: {") else None
+    return bool(choices and choices[0]["delta"].get("content"))
+
+
+def _count(answer: dict[str, Any], load: Load, result: Result) -> int:
+    tokens = int((answer.get("usage") or {}).get("completion_tokens", 0))
+    if tokens != load.tokens:
+        raise RequestFailed(f"{tokens} tokens in place of {load.tokens}")
+    result.tokens += tokens
+    result.completed += 1
+    return tokens
+
+
+def main() -> None:
+    """Run the load that the command line names; print the result."""
+    load = Load(**json.loads(sys.argv[1]))
+    gc.disable()  # short-lived, and its pauses would be taken for the server's
+    print(json.dumps(asdict(uvloop.run(run(load)))))
+
+
+if __name__ == "__main__":
+    main()

