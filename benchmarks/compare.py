@@ -127,13 +127,13 @@ def compare(options: Options, say: Callable[[str], None]) -> dict[str, Measured]
             if not options.in_turn:
                 for server in servers:
                     _start(server, options, measured[server.name], say)
-                for server in servers:
-                    _idle(server, measured[server.name])
             for turn in range(options.rounds):
                 for server in servers:
                     _start(server, options, measured[server.name], say)
                     for case in ("many", "one"):
                         _turn(server, case, turn, options, measured[server.name], say)
+                    if turn == options.rounds - 1:
+                        _idle(server, measured[server.name])
                     if options.in_turn:
                         server.stop()
         finally:
