@@ -86,7 +86,7 @@ def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
         gpu: Whether engines run on GPUs here.
     """
     max_num_seqs = args.max_num_seqs or (_DEFAULT_MAX_NUM_SEQS if gpu else _CPU_ENGINE_MAX_NUM_SEQS)
-    gpus = args.tensor_parallel_size
+    gpus = args.tensor_parallel_size * args.pipeline_parallel_size
     return {
         "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus} if gpu else {"num_cpus": 0.5},
         # An engine's batch, and a little to draw from; the rest waits in the Router, where new replicas can take it.

@@ -41,7 +41,6 @@ class _Peek(msgspec.Struct):
     use_beam_search: Any = None
     background: Any = None
     previous_response_id: Any = None
-    store: Any = None
 
 
 _REFUSED_FIELDS: Final[Mapping[str, str]] = {
@@ -121,7 +120,7 @@ class Dispatcher:
             known = path if path in self._model_paths or path in self._own else "other"
             self._count(known, status)
             logger.info(
-                "%s %s %s %.0f ms", scope["method"], path, status or "aborted", 1000 * (time.perf_counter() - started)
+                "%s %r %s %.0f ms", scope["method"], path, status or "aborted", 1000 * (time.perf_counter() - started)
             )
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,6 +13,10 @@ class ConfigError(ValueError):
     """The deployment's configuration cannot work. Raised while deploying, never while serving."""
 
 
+class EngineFailure(Exception):
+    """The engine's fault, or the way to it: the request itself is as good as before."""
+
+
 class PublicError(Exception):
     """An error a client may read.
 

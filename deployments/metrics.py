@@ -26,7 +26,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "fleet_request_seconds": Metric("histogram", "From placement to the end of a request.", ("model",)),
     "fleet_time_to_first_token_seconds": Metric("histogram", "From placement to the first delta.", ("model",)),
     "fleet_requests_in_flight": Metric("gauge", "Sequences this Router holds.", ("model",)),
-    "fleet_known_replicas": Metric("gauge", "Engine replicas whose heartbeats this Router hears.", ("model",)),
+    "fleet_known_replicas": Metric("gauge", "Engine replicas that have joined this Router.", ("model",)),
     "channel_connected_engines": Metric("gauge", "Engine replicas connected to this Router's token channel."),
     "channel_connected_routers": Metric("gauge", "Routers this engine replica is connected to."),
     "channel_dropped_messages": Metric("counter", "Messages on the token channel that were ignored.", ("reason",)),

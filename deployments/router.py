@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from deployments import messages as m
 from deployments.config import AppConfig, ModelConfig
 from deployments.dispatch import App, Dispatcher
-from deployments.errors import EngineUnavailable
-from deployments.fleet.client import EngineFailure, Exchange, Fleet, Ticket
+from deployments.errors import EngineFailure, EngineUnavailable
+from deployments.fleet.client import Exchange, Fleet, Ticket
 from deployments.fleet.placement import Ledger
 from deployments.fleet.replica_watch import watch
 from deployments.metrics import RayMetrics

@@ -2,7 +2,7 @@
 
 Each Router replica binds one socket; each Engine replica connects to it when that Router first calls, introduces
 itself, and from then on sends one message per engine step with the deltas of all of that Router's streams. Why not
-Serve's streaming responses: about 12 times the chunks per second, measured (docs/architecture.md).
+Serve's streaming responses: about 11 times the chunks per second, measured (docs/architecture.md).
 
 Promises: an engine never blocks on a Router (a full or silent socket costs that Router its streams, nobody else
 anything); buffers are bounded; nothing is unpickled; peers that cannot show the secret are ignored. Off loopback the

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from deployments import messages as m
 from deployments.config import FleetConfig
-from deployments.errors import BadRequest, EngineUnavailable, PublicError
+from deployments.errors import BadRequest, EngineFailure, EngineUnavailable, PublicError
 from deployments.fleet.admission import Admission
 from deployments.fleet.channel import Frames, Metrics, RouterEnd
 from deployments.fleet.placement import Booking, Ledger
@@ -97,10 +97,6 @@ class Ticket:
         return type(None), ()
 
 
-class EngineFailure(Exception):
-    """The engine's fault, or the way to it: the request itself is as good as before."""
-
-
 class Flight:
     """One request on its way. Made by `Fleet.start`."""
 
@@ -112,7 +108,9 @@ class Flight:
         self._loop = asyncio.get_running_loop()
         self._started = fleet.clock()
         self._reset()
+        fleet.admission.enter(submission.sequences)  # before anybody else is asked in
         self.task = self._loop.create_task(self._fly())
+        self.task.add_done_callback(lambda _: fleet.admission.leave(submission.sequences))
 
     def _reset(self) -> None:
         self.stream = secrets.randbits(62)
@@ -124,7 +122,6 @@ class Flight:
 
     async def _fly(self) -> None:
         fleet, submission = self._fleet, self._submission
-        fleet.admission.enter(submission.sequences)
         outcome = "failed"
         try:
             for attempt in range(1, fleet.config.max_attempts + 1):
@@ -156,7 +153,6 @@ class Flight:
             logger.exception("Request %s failed in the Router", submission.request_id)
             submission.fail(PublicError("The server had an internal error."))
         finally:
-            fleet.admission.leave(submission.sequences)
             fleet.metrics.inc("fleet_requests", model=fleet.model, outcome=outcome)
             fleet.metrics.observe("fleet_request_seconds", fleet.clock() - self._started, model=fleet.model)
 
@@ -267,6 +263,8 @@ class Flight:
         self._next_sequence += 1
         try:
             surplus = self._submission.deliver(delta.output, weight_version)
+        except EngineFailure as failure:
+            return self.lose(str(failure))
         except Exception:
             logger.exception("Request %s: an output could not be read", self._submission.request_id)
             return self.lose("its output could not be read")

@@ -1,6 +1,6 @@
 """The thin adapter between Serve's routing and the Fleet's placement, on Engine deployments only.
 
-Serve asks which replicas to try; the call itself carries the answer (`Ticket`). A call without one (`describe`, say)
+Serve asks which replicas to try; the call itself carries the answer (`Ticket`). A call without one (`join`, say)
 goes anywhere. Everything else, from capacity to retries on rejection, stays Serve's.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -34,7 +35,20 @@ REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         ("headless", "api_server_count", "data_parallel_supervisor_port"), "replicas are set in `deployment`"
     ),
-    "api_key": "vLLM's key check leaves paths open",
+    "api_key": "vLLM's key check leaves paths open; until there are keys, check callers in front",
+    **dict.fromkeys(
+        (
+            "data_parallel_size",
+            "data_parallel_size_local",
+            "data_parallel_rank",
+            "data_parallel_start_rank",
+            "data_parallel_backend",
+            "data_parallel_hybrid_lb",
+            "data_parallel_external_lb",
+        ),
+        "the fleet's replicas are its data parallelism: set them in `deployment`",
+    ),
+    "mm_processor_cache_gb": "what one Router has cached, another engine would miss",
     "config": "write its keys here instead",
     "model_tag": "use `model`",
     "tokens_only": "engines speak token ids already; clients speak the OpenAI API",
@@ -62,6 +76,8 @@ def parse_args(name: str, engine_args: Mapping[str, Any], frontend_args: Mapping
     Raises:
         ConfigError: An option is unknown (named, with its nearest match), refused, given twice, or has a bad value.
     """
+    if os.environ.get("VLLM_API_KEY"):
+        raise ConfigError("VLLM_API_KEY is set, and would guard nothing here: check callers in front, and unset it")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -145,9 +161,9 @@ def engine_args(args: Namespace, *, num_gpus: float = 1.0) -> AsyncEngineArgs:
     result: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(args)
     if result.runner == "pooling":
         propagate_flash_late_interaction(args, result)
-    if result.distributed_executor_backend is None and result.pipeline_parallel_size == 1:
+    if result.distributed_executor_backend is None and result.tensor_parallel_size * result.pipeline_parallel_size > 1:
         # Left alone, vLLM inside a Ray actor may choose Ray workers, which would want GPUs of their own.
-        result.distributed_executor_backend = None if result.tensor_parallel_size == 1 else "mp"
+        result.distributed_executor_backend = "mp"
     return result
 
 

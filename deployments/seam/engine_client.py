@@ -27,12 +27,12 @@ from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.utils import length_from_prompt_token_ids_or_embeds
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from deployments.errors import EngineUnavailable, NotSupportedByFleet, PublicError
+from deployments.errors import EngineFailure, EngineUnavailable, NotSupportedByFleet, PublicError
 from deployments.seam.wire import Codec
 
 
@@ -87,6 +87,9 @@ class RequestSubmission:
         return self._codec.encode_requests(self._requests)
 
     def deliver(self, output: EngineCoreOutput, weight_version: str | None) -> list[int]:
+        """Make text of one output; return sequences that ended here and still run there. Raises `EngineFailure`."""
+        if output.finish_reason == FinishReason.ABORT:
+            raise EngineFailure("it aborted the request, which nobody asked for")
         index = int(output.request_id)
         output.request_id = self._ids[index]
         self._delivered = True

@@ -101,7 +101,6 @@ class TokenEngine:
         self.stats = stats
         self._owner = owner
         llm.output_processor = self._outputs = _TokenOutputProcessor(log_stats=llm.log_stats, on_step=on_step)
-        self._was_idle = True
 
     @classmethod
     async def start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,9 +16,11 @@ from vllm.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from deployments.seam import frontend
 from deployments.seam.args import parse_args
 from deployments.seam.engine_client import FleetClient, lora_int_id
 from deployments.seam.wire import Codec, Delta
+from models import tiny_random
 
 # Left at vLLM's own default: they raise NotImplementedError, or mean nothing over a fleet.
 LEFT_AT_DEFAULT = {
@@ -125,6 +128,7 @@ def test_an_adapter_has_the_same_id_in_every_process() -> None:
         ({"model": "m", "dtype": "float17"}, {}, "dtype"),
         ({"model": "m", "port": 1}, {}, "http_options"),
         ({"model": "m", "seed": 1}, {"seed": 2}, "given twice"),
+        ({"model": "m", "data_parallel_size": 2}, {}, "replicas are its data parallelism"),
     ],
 )
 def test_a_mistaken_option_is_named(engine_args: dict[str, Any], frontend_args: dict[str, Any], words: str) -> None:
@@ -132,6 +136,24 @@ def test_a_mistaken_option_is_named(engine_args: dict[str, Any], frontend_args: 
 
     with pytest.raises(ConfigError, match=words):
         parse_args("m", engine_args, frontend_args)
+
+
+def test_a_key_that_would_guard_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deployments.errors import ConfigError
+
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with pytest.raises(ConfigError, match="VLLM_API_KEY") as refused:
+        parse_args("m", {"model": "m"}, {})
+    assert "secret" not in str(refused.value)
+
+
+def test_every_route_of_vllms_app_is_mounted_or_left_out_by_reason(tmp_path: Path) -> None:
+    from vllm.entrypoints.launchers.app import build_app
+
+    args = parse_args("m", {"model": str(tiny_random.write(tmp_path / "model"))}, {})
+    routes = {getattr(route, "path", "") for route in build_app(args, ("generate",)).router.routes}
+    known = frontend.MOUNTED | {path for paths in frontend.NOT_MOUNTED.values() for path in paths}
+    assert routes - known == set(), "vLLM has new routes: mount them or name why not, in seam/frontend.py"
 
 
 def test_options_arrive_as_from_the_command_line() -> None:
