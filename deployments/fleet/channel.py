@@ -79,7 +79,11 @@ class _Socket:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._on_message(frames)
+            try:
+                self._on_message(frames)
+            except Exception:
+                # The descriptor signals edges: leaving this loop early would leave messages unread for good.
+                logger.exception("A message on the token channel could not be handled")
         self._schedule()
 
     def send(self, frames: Frames) -> bool:
@@ -205,13 +209,19 @@ class RouterEnd:
     async def _ping(self) -> None:
         while True:
             await asyncio.sleep(self._config.heartbeat_interval_s)
-            silent_before = self._clock() - self._config.heartbeat_timeout_s
-            for identity, heard in list(self._heard.items()):
-                if heard < silent_before or not self._socket.send([identity, m.PING]):
-                    replica = self._forget(identity)
-                    if replica is not None:
-                        self._on_gone(replica)
-            self._metrics.set("channel_connected_engines", len(self._peers))
+            try:
+                self._ping_all()
+            except Exception:
+                logger.exception("The engines could not all be pinged")
+
+    def _ping_all(self) -> None:
+        silent_before = self._clock() - self._config.heartbeat_timeout_s
+        for identity, heard in list(self._heard.items()):
+            if heard < silent_before or not self._socket.send([identity, m.PING]):
+                replica = self._forget(identity)
+                if replica is not None:
+                    self._on_gone(replica)
+        self._metrics.set("channel_connected_engines", len(self._peers))
 
     def _forget(self, identity: bytes) -> str | None:
         self._heard.pop(identity, None)
@@ -334,14 +344,20 @@ class EngineEnd:
     async def _heartbeats(self) -> None:
         while True:
             await asyncio.sleep(self._config.heartbeat_interval_s)
-            payload = _encode(self._beat())
-            silent_before = self.clock() - self._config.heartbeat_timeout_s
-            for link in list(self._links.values()):
-                if link.heard < silent_before:
-                    link.fail("it has fallen silent")
-                elif link.welcome.done():
-                    link.send(m.HEARTBEAT, [payload])
-            self.metrics.set("channel_connected_routers", len(self._links))
+            try:
+                self._beat_all()
+            except Exception:
+                logger.exception("Not every Router got a heartbeat")
+
+    def _beat_all(self) -> None:
+        payload = _encode(self._beat())
+        silent_before = self.clock() - self._config.heartbeat_timeout_s
+        for link in list(self._links.values()):
+            if link.heard < silent_before:
+                link.fail("it has fallen silent")
+            elif link.welcome.done():
+                link.send(m.HEARTBEAT, [payload])
+        self.metrics.set("channel_connected_routers", len(self._links))
 
     def drop(self, link: Link) -> bool:
         """Forget a link; False when it was forgotten before."""
