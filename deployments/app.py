@@ -13,12 +13,11 @@ from ray.serve.config import RequestRouterConfig
 
 from deployments.config import ROUTER_NAME, AppConfig, ModelConfig, merged
 from deployments.engine import Engine
+from deployments.errors import ConfigError
 from deployments.router import Router
 
 LONGEST_STREAM_S: Final = 600.0
 """What draining waits for. Raise `graceful_shutdown_timeout_s` if streams of yours last longer."""
-_DEFAULT_MAX_NUM_SEQS: Final = 256
-_CPU_ENGINE_MAX_NUM_SEQS: Final = 128
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -47,7 +46,9 @@ def assemble(config: AppConfig, engine: type) -> Application:
 def _deployment_options(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     options = merged(defaults, given)
     if isinstance(given.get("num_replicas"), int):
-        del options["autoscaling_config"]  # Serve takes one or the other
+        if given.get("autoscaling_config") is not None:
+            raise ConfigError("a deployment takes a fixed `num_replicas` or an `autoscaling_config`, not both")
+        del options["autoscaling_config"]
     return options
 
 
@@ -74,8 +75,7 @@ def _router_defaults() -> dict[str, Any]:
 
 def _engine(engine: type, model: ModelConfig, config: AppConfig, args: Namespace) -> Application:
     options = _deployment_options(engine_defaults(args, gpu=_has_cuda_build()), model.deployment)
-    num_gpus = float(options["ray_actor_options"].get("num_gpus") or 0)
-    return serve.deployment(engine, name=model.deployment_name, **options).bind(model, config.router.fleet, num_gpus)
+    return serve.deployment(engine, name=model.deployment_name, **options).bind(model, config.router.fleet)
 
 
 def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
         args: The model's parsed arguments.
         gpu: Whether engines run on GPUs here.
     """
-    max_num_seqs = args.max_num_seqs or (_DEFAULT_MAX_NUM_SEQS if gpu else _CPU_ENGINE_MAX_NUM_SEQS)
+    max_num_seqs = args.max_num_seqs
     gpus = args.tensor_parallel_size * args.pipeline_parallel_size
     return {
         "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus} if gpu else {"num_cpus": 0.5},

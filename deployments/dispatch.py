@@ -22,6 +22,7 @@ from deployments.errors import (
     PayloadTooLarge,
     PublicError,
 )
+from deployments.request_scope import request_scope
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -143,7 +144,8 @@ class Dispatcher:
             raise MethodNotAllowed(f"{path} takes POST.")
         body = await self._read(scope, receive)
         app = await self._choose(body)
-        await app(scope, _replay(body, receive), send)
+        with request_scope():
+            await app(scope, _replay(body, receive), send)
 
     async def _choose(self, body: bytes) -> App:
         peek = self._peek(body)

@@ -99,10 +99,12 @@ class Engine:
     Args:
         model: The model to serve.
         fleet: Bounds and timeouts.
-        num_gpus: What Ray gives this actor; 0 on CPUs.
     """
 
-    async def __init__(self, model: ModelConfig, fleet: FleetConfig, num_gpus: float) -> None:  # type: ignore[misc]
+    async def __init__(self, model: ModelConfig, fleet: FleetConfig) -> None:  # type: ignore[misc]
+        import ray
+
+        num_gpus = float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
         os.environ.update({**cpu_environment(len(os.sched_getaffinity(0))), **model.env} if not num_gpus else model.env)
         from ray import serve
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from deployments import messages as m
 from deployments.config import FleetConfig
 from deployments.errors import BadRequest, EngineFailure, EngineUnavailable, PublicError
-from deployments.fleet.admission import Admission
+from deployments.fleet.admission import Admission, Reservation
 from deployments.fleet.channel import Frames, Metrics, RouterEnd
 from deployments.fleet.placement import Booking, Ledger
 
@@ -98,7 +98,7 @@ class Ticket:
 
 
 class Flight:
-    """One request on its way. Made by `Fleet.start`."""
+    """One request on its way. Made by `Fleet.start` with its places in admission taken; leaves them when it is over."""
 
     def __init__(self, fleet: Fleet, submission: Submission) -> None:
         self._fleet = fleet
@@ -108,7 +108,6 @@ class Flight:
         self._loop = asyncio.get_running_loop()
         self._started = fleet.clock()
         self._reset()
-        fleet.admission.enter(submission.sequences)  # before anybody else is asked in
         self.task = self._loop.create_task(self._fly())
         self.task.add_done_callback(lambda _: fleet.admission.leave(submission.sequences))
 
@@ -377,16 +376,17 @@ class Fleet:
         self.replicas: dict[str, m.EngineDescription] = {}
         self.heartbeats: dict[str, m.Heartbeat] = {}
 
-    def check_admission(self, n: int) -> None:
-        """Raise `Overloaded` unless this Router may take `n` more sequences."""
+    def admit(self, n: int) -> Reservation:
+        """Let `n` sequences of a request in, or raise `Overloaded`."""
         try:
-            self.admission.check(n)
+            return self.admission.reserve(n)
         except PublicError:
             self.metrics.inc("fleet_rejected_requests", model=self.model)
             raise
 
-    def start(self, submission: Submission) -> Flight:
+    def start(self, submission: Submission, reservation: Reservation) -> Flight:
         """Send a request on its way; its outputs and its failure reach `submission`."""
+        reservation.take(submission.sequences)
         return Flight(self, submission)
 
     def set_replicas(self, running: frozenset[str]) -> None:

@@ -7,6 +7,7 @@ Source: `vllm/entrypoints/launchers/cli_args.py` (`make_arg_parser`) and
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 from argparse import Namespace
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from vllm import AsyncEngineArgs
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
 
 _SERVES_OWN: Final = "Serve owns it: set `http_options` at the top of the Serve config"
 REFUSED: Final[Mapping[str, str]] = {
@@ -61,6 +63,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "enable_prompt_tokens_details": True,
     "enable_flash_late_interaction": False,
     "mm_processor_cache_gb": 0,
+    # vLLM's own default hangs on the GPU's memory, which a Router and the autoscaler cannot see.
+    "max_num_seqs": 256,
 }
 """What a fleet needs other than vLLM's defaults: nothing may live in one Router or one engine alone."""
 
@@ -141,6 +145,21 @@ def _argv(parser: ArgumentParser, options: Mapping[str, Any]) -> list[str]:
 
 def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+
+
+def lora_requests(args: Namespace) -> list[LoRARequest]:
+    """Return the adapters that the model is configured with, as every engine knows them."""
+    from vllm.lora.request import LoRARequest
+
+    return [
+        LoRARequest(lora_name=module.name, lora_int_id=lora_int_id(module.name), lora_path=module.path)
+        for module in args.lora_modules or ()
+    ]
+
+
+def lora_int_id(name: str) -> int:
+    """Return the same adapter id in every Router and engine: vLLM counts them per process otherwise."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % (2**31 - 1) + 1
 
 
 def engine_args(args: Namespace, *, num_gpus: float = 1.0) -> AsyncEngineArgs:

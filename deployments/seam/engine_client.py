@@ -9,7 +9,6 @@ Source: `vllm/v1/engine/async_llm.py` (`add_request`, `generate`, `encode`).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from copy import copy
 from http import HTTPStatus
@@ -32,8 +31,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from deployments import request_scope
 from deployments.errors import EngineFailure, EngineUnavailable, NotSupportedByFleet, PublicError
+from deployments.seam.args import lora_int_id
 from deployments.seam.wire import Codec
+
+_ADMITTED = "admitted"
 
 
 class PublicHTTPError(GracefulHTTPError):
@@ -50,12 +53,18 @@ class Flight(Protocol):
     def close(self) -> None: ...
 
 
+class Reservation(Protocol):
+    """Places in a fleet, held for one HTTP request."""
+
+    def release(self) -> None: ...
+
+
 class FleetLike(Protocol):
     """What this client needs of `deployments.fleet.client.Fleet`."""
 
-    def check_admission(self, n: int) -> None: ...
+    def admit(self, n: int) -> Reservation: ...
 
-    def start(self, submission: RequestSubmission) -> Flight: ...
+    def start(self, submission: RequestSubmission, reservation: Any) -> Flight: ...
 
 
 class RequestSubmission:
@@ -119,11 +128,6 @@ class RequestSubmission:
             self._open.clear()
 
 
-def lora_int_id(name: str) -> int:
-    """Return the same adapter id in every Router and engine: vLLM counts them per process otherwise."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % (2**31 - 1) + 1
-
-
 class FleetClient(EngineClient):
     """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device."""
 
@@ -144,10 +148,30 @@ class FleetClient(EngineClient):
     # The request path.
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Let an HTTP request in, or refuse it: called before anything is rendered, once is enough."""
+        scope = request_scope.current()
+        if scope is None or _ADMITTED not in scope.kept:
+            self._admit(scope, n)
+
+    def _admit(self, scope: request_scope.RequestScope | None, n: int) -> Reservation:
         try:
-            self._fleet.check_admission(n)
+            reservation = self._fleet.admit(n)
         except PublicError as error:
             raise PublicHTTPError(error) from None
+        if scope is None:
+            reservation.release()
+        else:
+            scope.kept[_ADMITTED] = reservation
+            scope.at_end(reservation.release)
+        return reservation
+
+    def _reservation(self, n: int) -> Reservation:
+        """Return what the HTTP request was let in with; pooling requests are not asked in before they get here."""
+        scope = request_scope.current()
+        if scope is not None and _ADMITTED in scope.kept:
+            reservation: Reservation = scope.kept[_ADMITTED]
+            return reservation
+        return self._admit(scope, n)
 
     async def generate(
         self,
@@ -190,7 +214,6 @@ class FleetClient(EngineClient):
             tokenization_kwargs=tokenization_kwargs,
         )
         request.reasoning_ended = reasoning_ended
-        self.check_admission()
         async for output in self._run(request, prompt, None):
             assert isinstance(output, PoolingRequestOutput)
             yield output
@@ -212,14 +235,15 @@ class FleetClient(EngineClient):
     async def _run(
         self, request: EngineCoreRequest, prompt: Any, prompt_text: str | None
     ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
+        parent, requests = _fan_out(request)
+        reservation = self._reservation(len(requests))
         queue = RequestOutputCollector(request.params.output_kind, request.request_id)
         text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
-        parent, requests = _fan_out(request)
         for index, child in enumerate(requests):
             self._outputs.add_request(child, text, parent, index, queue)
         external_id = request.external_req_id or request.request_id
         submission = RequestSubmission(external_id, requests, queue, self._outputs, self._codec)
-        flight = self._fleet.start(submission)
+        flight = self._fleet.start(submission, reservation)
         try:
             finished = False
             while not finished:
@@ -266,7 +290,7 @@ class FleetClient(EngineClient):
         """A Router is healthy without engines: requests wait for them."""
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Accept an adapter: each engine loads it with the first request that names it."""
+        """Accept an adapter: each engine has loaded it as it started."""
         return True
 
     def shutdown(self, timeout: float | None = None) -> None:

@@ -26,7 +26,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutp
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from deployments.seam import guard, logs
-from deployments.seam.args import engine_args
+from deployments.seam.args import engine_args, lora_requests
 
 logger = logging.getLogger("ray.serve.groundswell.engine")
 
@@ -131,7 +131,10 @@ class TokenEngine:
             owner.wait()
 
         threading.Thread(target=own, name="engine-owner", daemon=True).start()
-        return cls(await ready, stats, on_step, owner)
+        engine = cls(await ready, stats, on_step, owner)
+        for adapter in lora_requests(args):  # a path that is wrong fails here, not in somebody's request
+            await engine._llm.add_lora(adapter)
+        return engine
 
     @staticmethod
     def _build(args: Namespace, num_gpus: float, stats: EngineStats, ray_metrics: bool) -> AsyncLLM:

@@ -59,3 +59,35 @@ def test_retry_after_follows_the_pace_of_the_engines() -> None:
         admission.check(1)
     slow = refused.value.retry_after_s
     assert slow is not None and 20 < slow <= 60
+
+
+def test_who_was_let_in_is_counted_before_it_starts() -> None:
+    admission = Admission(2, clock=Clock())
+    reservation = admission.reserve(2)
+    with pytest.raises(Overloaded):
+        admission.reserve(1)
+    reservation.release()
+    reservation.release()
+    assert admission.in_flight == 0
+
+
+def test_a_request_that_was_let_in_is_let_in_whole() -> None:
+    admission = Admission(2, clock=Clock())
+    reservation = admission.reserve(1)
+    for _ in range(5):
+        reservation.take(1)
+    assert admission.in_flight == 5
+    reservation.release()
+    admission.leave(5)
+    assert admission.in_flight == 0
+
+
+def test_places_that_were_never_used_say_nothing_about_the_pace() -> None:
+    clock = Clock()
+    admission = Admission(1, clock=clock)
+    for _ in range(10):
+        admission.reserve(1).release()
+    admission.reserve(1)
+    with pytest.raises(Overloaded) as refused:
+        admission.check(1)
+    assert refused.value.retry_after_s == 5

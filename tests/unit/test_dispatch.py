@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from deployments import request_scope
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
 
 pytestmark = pytest.mark.asyncio
@@ -140,3 +141,21 @@ async def test_an_internal_error_is_opaque() -> None:
     status, answer, _ = await ask(dispatcher, body=b'{"model": "a"}')
     assert status == 500
     assert "secret" not in json.dumps(answer)
+
+
+async def test_what_a_request_holds_is_released_at_its_end_whatever_happens() -> None:
+    released: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        opened = request_scope.current()
+        assert opened is not None
+        opened.at_end(lambda: released.append("released"))
+        raise RuntimeError("broken")
+
+    async def resolve(name: str) -> App | None:
+        return app
+
+    dispatcher = Dispatcher(resolve, ["a"], [CHAT], {}, max_body_bytes=100)
+    assert (await ask(dispatcher, body=b"{}"))[0] == 500
+    assert released == ["released"]
+    assert request_scope.current() is None

@@ -166,7 +166,7 @@ class House:
         return call
 
     def start(self, submission: StubSubmission) -> Flight:
-        flight = self.fleet.start(submission)
+        flight = self.fleet.start(submission, self.fleet.admit(submission.sequences))
         self.flights.append(flight)
         return flight
 
@@ -662,12 +662,12 @@ async def test_closing_a_finished_request_lets_its_engine_say_goodbye(house: Hou
 async def test_every_sequence_of_a_request_takes_a_place(house: House) -> None:
     flight, call = await house.flown(StubSubmission(sequences=8))
     with pytest.raises(Overloaded):
-        house.fleet.check_admission(1)
+        house.fleet.admit(1)
     assert house.metrics.counts["fleet_rejected_requests", "tiny"] == 1
     call.deltas("a", "b", "c")
     call.end(2)
     await landed(flight)
-    house.fleet.check_admission(8)
+    house.fleet.admit(8).release()
 
 
 # Over the wire.

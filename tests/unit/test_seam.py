@@ -17,8 +17,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from deployments.seam import frontend
-from deployments.seam.args import parse_args
-from deployments.seam.engine_client import FleetClient, lora_int_id
+from deployments.seam.args import lora_int_id, parse_args
+from deployments.seam.engine_client import FleetClient
 from deployments.seam.wire import Codec, Delta
 from models import tiny_random
 
