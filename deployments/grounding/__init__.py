@@ -1,0 +1,1 @@
+"""Documents into prompts, and citations out of answers."""
