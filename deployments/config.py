@@ -7,6 +7,7 @@ vLLM's own options are passed through (`engine_args`, `frontend_args`) and check
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -49,6 +50,48 @@ class RouterConfig(_Frozen):
     fleet: FleetConfig = FleetConfig()
 
 
+class GroundingConfig(_Frozen):
+    """`file_search` in chat and responses: what a search may cost, and what happens without one."""
+
+    search_timeout_s: float = Field(5.0, gt=0, description="A later search counts as failed.")
+    max_num_results: int = Field(10, ge=1, le=50, description="Passages a search returns unless the request says.")
+    max_query_chars: int = Field(
+        2000, ge=2, description="Of a longer question, its beginning and its end are searched."
+    )
+    max_passage_tokens: int = Field(
+        8192, ge=1, description="Passages in one prompt, however much the model could take."
+    )
+    output_reserve_tokens: int = Field(
+        1024,
+        ge=1,
+        description="Kept for an answer whose length the request leaves open; a quarter of the context at most.",
+    )
+    allow_without_documents: bool = Field(
+        False,
+        description="Answer without documents, and say so, when they cannot be searched. A request may say otherwise.",
+    )
+
+
+class AssistantConfig(_Frozen):
+    """A model name of its own: another model, and vector stores that are searched for each question.
+
+    Attributes:
+        name: What clients put into `model`.
+        model: The model that answers, by any of its names.
+        instructions: Come before those of the request.
+        sources_in_text: End the text in a list of what it cites, for clients that show nothing else.
+        allow_without_documents: Answer without documents, and say so in the text, when they cannot be searched.
+    """
+
+    name: str = Field(min_length=1, max_length=200)
+    model: str = Field(min_length=1, max_length=200)
+    vector_store_ids: tuple[str, ...] = Field(min_length=1, max_length=16)
+    instructions: str | None = None
+    max_num_results: int | None = Field(None, ge=1, le=50)
+    sources_in_text: bool = False
+    allow_without_documents: bool = False
+
+
 class ModelConfig(_Frozen):
     """One model and the engines that serve it.
 
@@ -83,7 +126,9 @@ class AppConfig(_Frozen):
     """Everything under `args` in `serve_config.yaml`."""
 
     models: tuple[ModelConfig, ...] = Field(min_length=1)
+    assistants: tuple[AssistantConfig, ...] = ()
     router: RouterConfig = RouterConfig()
+    grounding: GroundingConfig = GroundingConfig()
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> AppConfig:
@@ -93,6 +138,22 @@ class AppConfig(_Frozen):
             if twice:
                 raise ValueError(f"two models share the {what.replace('_', ' ')} {twice[0]!r}")
         return self
+
+    def check_assistants(self, model_names: Collection[str]) -> None:
+        """Check what hangs on all names of the models, which vLLM's own options decide.
+
+        Raises:
+            ConfigError: An assistant's model does not exist, or its name is taken.
+        """
+        taken = set(model_names)
+        for assistant in self.assistants:
+            if assistant.model not in model_names:
+                raise ConfigError(
+                    f"assistants: {assistant.name!r} wants the model {assistant.model!r}, which is not here"
+                )
+            if assistant.name in taken:
+                raise ConfigError(f"assistants: the name {assistant.name!r} is taken")
+            taken.add(assistant.name)
 
     @classmethod
     def parse(cls, args: dict[str, Any]) -> AppConfig:

@@ -83,3 +83,9 @@ class EngineUnavailable(PublicError):
     """No engine can take or finish the request now; a retry may."""
 
     status, type, code = 503, "server_error", "engine_unavailable"
+
+
+class DocumentsUnavailable(PublicError):
+    """Documents cannot be searched now; a retry may."""
+
+    status, type, code = 503, "server_error", "documents_unavailable"

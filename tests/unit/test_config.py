@@ -26,6 +26,7 @@ def test_a_minimal_config_is_enough() -> None:
         ({"models": [MODEL], "ruoter": {}}, "ruoter"),
         ({"models": [MODEL, MODEL]}, "two models share the name 'm'"),
         ({"models": [MODEL], "router": {"max_body_bytes": -1}}, "max_body_bytes"),
+        ({"models": [MODEL], "assistants": [{"name": "a", "model": "m", "vector_store_ids": []}]}, "vector_store_ids"),
     ],
 )
 def test_a_mistake_is_named(args: dict[str, Any], word: str) -> None:
@@ -40,3 +41,24 @@ def test_a_hub_id_gives_a_name_that_serve_takes() -> None:
 
 def test_overrides_merge_key_by_key() -> None:
     assert merged({"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"y": 3}}) == {"a": {"x": 1, "y": 3}, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "word"),
+    [
+        (["a"], "x", "wants the model 'x'"),
+        (["m"], "m", "the name 'm' is taken"),
+        (["a", "a"], "m", "the name 'a' is taken"),
+        (["a"], "a", "wants the model 'a'"),
+    ],
+)
+def test_an_assistant_needs_a_model_and_a_name_of_its_own(names: list[str], model: str, word: str) -> None:
+    assistants = [{"name": name, "model": model, "vector_store_ids": ["vs_1"]} for name in names]
+    config = AppConfig.parse({"models": [MODEL], "assistants": assistants})
+    with pytest.raises(ConfigError, match=word):
+        config.check_assistants(["m", "alias"])
+
+
+def test_an_assistants_model_may_go_by_any_of_its_names() -> None:
+    assistant = {"name": "a", "model": "alias", "vector_store_ids": ["vs_1"]}
+    AppConfig.parse({"models": [MODEL], "assistants": [assistant]}).check_assistants(["m", "alias"])
