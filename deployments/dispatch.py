@@ -145,7 +145,7 @@ class Dispatcher:
         body = await self._read(scope, receive)
         app = await self._choose(body)
         with request_scope():
-            await app(scope, _replay(body, receive), send)
+            await app(scope, replay(body, receive), send)
 
     async def _choose(self, body: bytes) -> App:
         peek = self._peek(body)
@@ -195,18 +195,18 @@ def _request_id(scope: Scope) -> str:
     return next((str(value.decode("latin-1")) for name, value in scope["headers"] if name == b"x-request-id"), "-")
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that gives the body again, then whatever comes after it: the client hanging up."""
     sent = False
 
-    async def replay() -> Message:
+    async def again() -> Message:
         nonlocal sent
         if not sent:
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
         return await receive()
 
-    return replay
+    return again
 
 
 async def _respond(

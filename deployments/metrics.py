@@ -34,6 +34,9 @@ METRICS: Final[Mapping[str, Metric]] = {
     "channel_lost_routers": Metric("counter", "Routers an engine gave up: silent, or slow beyond the bound."),
     "channel_aborted_streams": Metric("counter", "Streams aborted because their Router was given up."),
     "engine_executions": Metric("counter", "Runs by how they ended.", ("model", "outcome")),
+    "grounding_searches": Metric("counter", "Searches for answers, by how they ended.", ("model", "outcome")),
+    "grounding_search_seconds": Metric("histogram", "Searching for one answer, the Retriever included.", ("model",)),
+    "grounding_layout_seconds": Metric("histogram", "Laying what was found into the prompt.", ("model",)),
     "router_http_requests": Metric("counter", "HTTP requests by path and status.", ("path", "status")),
 }
 

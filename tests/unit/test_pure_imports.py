@@ -18,6 +18,7 @@ PURE = (
     "deployments.fleet.admission",
     "deployments.fleet.channel",
     "deployments.fleet.client",
+    "deployments.grounding.asgi",
     "deployments.grounding.layout",
 )
 

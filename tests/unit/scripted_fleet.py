@@ -1,0 +1,110 @@
+"""vLLM's real app over a fleet that says what the test has it say: its events are vLLM's own, and no engine runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.outputs import LogprobsLists
+
+from deployments.dispatch import App
+from deployments.errors import Overloaded
+from deployments.seam.args import frontend_config, parse_args
+from deployments.seam.engine_client import FleetClient, RequestSubmission
+from deployments.seam.frontend import build_model_app
+from models import tiny_random
+
+
+class StubReservation:
+    def release(self) -> None:
+        pass
+
+
+class StubFlight:
+    """A stub flight: delivers the script, some tokens at a time, to each sequence in turn."""
+
+    def __init__(self, fleet: ScriptedFleet, submission: RequestSubmission) -> None:
+        self._fleet, self._submission = fleet, submission
+        self.closed = asyncio.Event()
+        self.task = asyncio.get_running_loop().create_task(self._fly())
+
+    async def _fly(self) -> None:
+        fleet = self._fleet
+        scripts = [fleet.tokens(fleet.answers[i % len(fleet.answers)]) for i in range(self._submission.sequences)]
+        while any(scripts):
+            for index, script in enumerate(scripts):
+                if script:
+                    said, scripts[index] = script[: fleet.step], script[fleet.step :]
+                    reason = None if scripts[index] else FinishReason.STOP
+                    output = EngineCoreOutput(str(index), said, self._logprobs(said), finish_reason=reason)
+                    self._submission.deliver(output, None)
+            await asyncio.sleep(0)
+            if fleet.hangs:
+                await asyncio.Event().wait()
+
+    def _logprobs(self, said: list[int]) -> LogprobsLists | None:
+        params = self._submission._requests[0].sampling_params
+        if params is None or params.logprobs is None:
+            return None
+        ids, zeros = np.array(said)[:, None], np.zeros((len(said), 1), dtype=np.float32)
+        return LogprobsLists(ids, zeros, np.ones(len(said), dtype=np.int32))
+
+    def close(self) -> None:
+        self.closed.set()
+        self.task.cancel()
+
+
+class ScriptedFleet:
+    """A stub fleet.
+
+    Attributes:
+        answers: What sequence 0, 1, … says.
+        step: Tokens in one delta.
+        hangs: Whether it falls silent after the first delta.
+        full: Whether it refuses requests.
+        prompts: What it was asked, as text.
+        started: Set when a request arrives.
+    """
+
+    tokenizer: Any
+
+    def __init__(self) -> None:
+        self.answers: Sequence[str] = ["An answer."]
+        self.step = 1
+        self.hangs = self.full = False
+        self.prompts: list[str] = []
+        self.flights: list[StubFlight] = []
+        self.started = asyncio.Event()
+
+    def tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def admit(self, n: int) -> StubReservation:
+        if self.full:
+            raise Overloaded("It is full.", retry_after_s=7)
+        return StubReservation()
+
+    def start(self, submission: RequestSubmission, reservation: Any) -> StubFlight:
+        self.prompts.append(self.tokenizer.decode(submission._requests[0].prompt_token_ids))
+        self.flights.append(StubFlight(self, submission))
+        self.started.set()
+        return self.flights[-1]
+
+
+async def scripted_app(folder: Path, **options: Any) -> tuple[App, ScriptedFleet, FleetClient]:
+    """Return vLLM's app for the tiny model, the fleet under it, and the client between them.
+
+    Args:
+        options: More engine and front-end arguments.
+    """
+    engine_args = {"model": str(tiny_random.write(folder)), "dtype": "float32", "max_model_len": 2048}
+    args = parse_args("tiny", engine_args, options)
+    fleet = ScriptedFleet()
+    client = FleetClient(fleet, frontend_config(args), ("generate",))
+    fleet.tokenizer = client.renderer.tokenizer
+    return await build_model_app(args, client), fleet, client
