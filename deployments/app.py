@@ -34,9 +34,10 @@ def build(args: dict[str, Any]) -> Application:
 
 def assemble(config: AppConfig, engine: type) -> Application:
     """Build the app around an Engine class: the real one, or a stub in tests."""
-    from deployments.seam.args import parse_args
+    from deployments.seam.args import model_names, parse_args
 
     parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
+    config.check_assistants([name for args in parsed.values() for name in model_names(args)])
     engines = {model.name: _engine(engine, model, config, parsed[model.name]) for model in config.models}
     options = _deployment_options(_router_defaults(), config.router.deployment)
     ingress = serve.ingress()(Router)

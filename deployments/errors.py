@@ -86,6 +86,6 @@ class EngineUnavailable(PublicError):
 
 
 class DocumentsUnavailable(PublicError):
-    """Documents cannot be searched now; a retry may."""
+    """The document store, or the way to it, does not answer now; a retry may help."""
 
     status, type, code = 503, "server_error", "documents_unavailable"

@@ -18,6 +18,8 @@ from deployments.errors import EngineFailure, EngineUnavailable
 from deployments.fleet.client import Exchange, Fleet, Ticket
 from deployments.fleet.placement import Ledger
 from deployments.fleet.replica_watch import watch
+from deployments.grounding.asgi import GroundedApp, Limits
+from deployments.grounding.file_search import Retriever
 from deployments.metrics import RayMetrics
 
 if TYPE_CHECKING:
@@ -68,12 +70,21 @@ class Router:
         self._tasks = [asyncio.get_running_loop().create_task(self._report())]
         by_name = {name: model for model in self._models for name in model.names}
 
+        # Documents: in front of every model's app stands one that answers from them, where that is asked for.
+        retriever: Retriever | None = None
+        assistants = {assistant.name: assistant for assistant in self._config.assistants}
+
         async def resolve(name: str) -> App | None:
-            return await by_name[name].app() if name in by_name else None
+            assistant = assistants.get(name)
+            model = by_name.get(name if assistant is None else assistant.model)
+            if model is None:
+                return None
+            app, config = await model.app(), self._config.grounding
+            return GroundedApp(app, model.limits(), retriever, config, metrics=self._metrics, assistant=assistant)
 
         return Dispatcher(
             resolve,
-            by_name,
+            [*by_name, *assistants],
             frontend.MOUNTED - {"/v1/models"},
             {
                 "/health": self._health,
@@ -95,6 +106,7 @@ class Router:
 
     async def _list_models(self) -> tuple[int, str, bytes]:
         cards = [card for model in self._models for card in await model.cards()]
+        cards += [_card(assistant.name) | {"parent": assistant.model} for assistant in self._config.assistants]
         return 200, "application/json", json.dumps({"object": "list", "data": cards}).encode()
 
     async def _report(self) -> None:
@@ -191,8 +203,7 @@ class _Model:
     def __init__(
         self, model: ModelConfig, config: AppConfig, exchange: Exchange, handle: DeploymentHandle, metrics: RayMetrics
     ) -> None:
-        from deployments.seam.args import frontend_config, parse_args
-        from deployments.seam.frontend import model_names
+        from deployments.seam.args import frontend_config, model_names, parse_args
 
         self.name = model.name
         self._args: Namespace = parse_args(model.name, model.engine_args, model.frontend_args)
@@ -210,6 +221,7 @@ class _Model:
             max_queued=config.router.max_queued_requests,
             metrics=metrics,
         )
+        self._limits: Limits | None = None
         self._lock = asyncio.Lock()
         self._joining: asyncio.Task[None] | None = None
         self.built: FastAPI | None = None
@@ -237,9 +249,14 @@ class _Model:
         assert self.built is not None
         return self.built
 
+    def limits(self) -> Limits:
+        """Return what holds for a request before the app sees it. Known once `app` has returned."""
+        assert self._limits is not None
+        return self._limits
+
     async def _build(self, description: m.EngineDescription | None) -> None:
         from deployments.seam.engine_client import FleetClient
-        from deployments.seam.frontend import build_model_app
+        from deployments.seam.frontend import build_model_app, token_counter
 
         async with self._lock:
             if self.built is not None:
@@ -249,6 +266,8 @@ class _Model:
                 self._vllm_config.model_config.max_model_len = description.max_model_len
                 tasks = description.supported_tasks
             client = FleetClient(self.fleet, self._vllm_config, tasks)
+            context = client.model_config.max_model_len
+            self._limits = Limits(self.name, client.let_in, token_counter(client), context)
             self.built = await build_model_app(self._args, client)
 
     def _on_replicas(self, replicas: frozenset[str]) -> None:
@@ -275,4 +294,8 @@ class _Model:
 
         if self.built is not None:
             return await list_models(self.built)
-        return [{"id": name, "object": "model", "created": 0, "owned_by": "groundswell"} for name in self.names]
+        return [_card(name) for name in self.names]
+
+
+def _card(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "groundswell"}

@@ -80,20 +80,20 @@ _APIS: Final[Mapping[str, Api]] = {chat.PATH: chat, responses.PATH: responses}
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """The model under a `GroundedApp`.
+class Limits:
+    """What holds for a request before its model's app sees it.
 
     Attributes:
-        name: For metrics and logs.
-        admit: Lets a request of so many sequences in before anything is done for it, or raises `PublicError`.
-        count_tokens: Counts the tokens of a text; called in a thread.
-        max_model_len: Returns how many tokens prompt and answer may have together.
+        model: Its name, for metrics and logs.
+        let_in: Lets a request of so many sequences in before anything is done for it, or raises `PublicError`.
+        count_tokens: Counts the tokens of a text; called in threads.
+        max_model_len: How many tokens prompt and answer may have together.
     """
 
-    name: str
-    admit: Callable[[int], None]
+    model: str
+    let_in: Callable[[int], None]
     count_tokens: Callable[[str], int]
-    max_model_len: Callable[[], int]
+    max_model_len: int
 
 
 class GroundedApp:
@@ -108,7 +108,7 @@ class GroundedApp:
     def __init__(
         self,
         app: App,
-        model: Model,
+        limits: Limits,
         retriever: Retriever | None,
         config: GroundingConfig,
         *,
@@ -116,7 +116,7 @@ class GroundedApp:
         assistant: AssistantConfig | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._app, self._model, self._retriever, self._config = app, model, retriever, config
+        self._app, self._limits, self._retriever, self._config = app, limits, retriever, config
         self._assistant, self._metrics, self._clock = assistant, metrics, clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -167,7 +167,7 @@ class GroundedApp:
         query = query_of(messages, self._config.max_query_chars)
         if assistant is not None and assistant.instructions:
             messages = [{"role": "system", "content": assistant.instructions}, *messages]
-        self._model.admit(api.sequences(body))
+        self._limits.let_in(api.sequences(body))
         found = await self._search(search, query, receive)
         prose = assistant is not None and api.is_prose(body)
         answering = dataclasses.replace(
@@ -175,7 +175,7 @@ class GroundedApp:
             id=f"fs_{secrets.token_hex(24)}",
             query=query,
             instructions=instructions if isinstance(instructions, str) else None,
-            with_results=responses.RESULTS in (body.get("include") or ()),
+            with_results=isinstance(body.get("include"), list) and responses.RESULTS in body["include"],
             sources_in_text=prose and assistant is not None and assistant.sources_in_text,
         )
         if found is None:
@@ -183,18 +183,18 @@ class GroundedApp:
             return dataclasses.replace(answering, status=FAILED, note_in_text=prose)
         started = self._clock()
         layout = await asyncio.to_thread(self._lay_out, api, body, messages, found)
-        self._metrics.observe("grounding_layout_seconds", self._clock() - started, model=self._model.name)
+        self._metrics.observe("grounding_layout_seconds", self._clock() - started, model=self._limits.model)
         api.put(body, layout.messages)
-        logger.info("%s: %d passages found, %d in the prompt", self._model.name, len(found), len(layout.ids))
+        logger.info("%s: %d passages found, %d in the prompt", self._limits.model, len(found), len(layout.ids))
         return dataclasses.replace(answering, found=found, cited_as=layout.ids)
 
     def _lay_out(self, api: Api, body: Body, messages: list[Body], found: Sequence[Found]) -> Layout:
-        model, config = self._model, self._config
-        context = model.max_model_len()
+        limits, config = self._limits, self._config
+        context = limits.max_model_len
         answer = api.output_tokens(body) or min(config.output_reserve_tokens, context // 4)
-        room = context - answer - tokens_besides_passages(messages, body.get("tools"), model.count_tokens)
+        room = context - answer - tokens_besides_passages(messages, body.get("tools"), limits.count_tokens)
         passages = [each.passage for each in found]
-        layout = lay_out(messages, passages, min(room, config.max_passage_tokens), model.count_tokens)
+        layout = lay_out(messages, passages, min(room, config.max_passage_tokens), limits.count_tokens)
         if passages and not layout.ids:
             raise BadRequest(
                 f"No passage fits: of the model's {context} tokens, {answer} are kept for the answer and "
@@ -234,14 +234,14 @@ class GroundedApp:
                 raise
             reason: Exception = error
         except TimeoutError as error:
-            logger.warning("%s: a search took longer than %g s", self._model.name, self._config.search_timeout_s)
+            logger.warning("%s: a search took longer than %g s", self._limits.model, self._config.search_timeout_s)
             reason = error
         except Exception as error:
-            logger.exception("%s: a search failed", self._model.name)
+            logger.exception("%s: a search failed", self._limits.model)
             reason = error
         finally:
-            self._metrics.inc("grounding_searches", model=self._model.name, outcome=outcome)
-            self._metrics.observe("grounding_search_seconds", self._clock() - started, model=self._model.name)
+            self._metrics.inc("grounding_searches", model=self._limits.model, outcome=outcome)
+            self._metrics.observe("grounding_search_seconds", self._clock() - started, model=self._limits.model)
         if self._may_do_without(search):
             return None
         raise DocumentsUnavailable(

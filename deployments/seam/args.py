@@ -214,3 +214,8 @@ def frontend_config(args: Namespace) -> VllmConfig:
         structured_outputs_config=parsed.create_structured_outputs_config(),
         reasoning_config=parsed.reasoning_config,
     )
+
+
+def model_names(args: Namespace) -> list[str]:
+    """Return every name that selects this model: its own, its aliases, its LoRA adapters."""
+    return [*args.served_model_name, *(module.name for module in args.lora_modules or ())]

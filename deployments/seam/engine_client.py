@@ -153,6 +153,13 @@ class FleetClient(EngineClient):
         if scope is None or _ADMITTED not in scope.kept:
             self._admit(scope, n)
 
+    def let_in(self, n: int) -> None:
+        """As `check_admission`, for what stands above vLLM's app. Raises `PublicError`."""
+        try:
+            self.check_admission(n)
+        except PublicHTTPError as error:
+            raise error.error from None
+
     def _admit(self, scope: request_scope.RequestScope | None, n: int) -> Reservation:
         try:
             reservation = self._fleet.admit(n)

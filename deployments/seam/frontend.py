@@ -5,8 +5,10 @@ Source: `vllm/entrypoints/launchers/app.py` (`build_app`) and `launchers/api_ser
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -17,6 +19,8 @@ from vllm.tasks import SupportedTask
 
 from deployments.errors import NotFound, PublicError
 from deployments.seam.engine_client import FleetClient, PublicHTTPError
+
+_COUNTED_TEXTS: Final = 1024
 
 MOUNTED: Final = frozenset(
     {
@@ -118,6 +122,15 @@ async def list_models(app: FastAPI) -> list[dict[str, Any]]:
     return [card.model_dump() for card in listed.data]
 
 
-def model_names(args: Namespace) -> list[str]:
-    """Return every name that selects this model: its own, its aliases, its LoRA adapters."""
-    return [*args.served_model_name, *(module.name for module in args.lora_modules or ())]
+def token_counter(client: FleetClient) -> Callable[[str], int]:
+    """Return a function that counts a text's tokens, in any thread, and remembers: the same passages come again.
+
+    Its tokenizer is its own: those of vLLM's renderer are borrowed by threads of vLLM's.
+    """
+    tokenizer = copy.deepcopy(client.renderer.tokenizer)
+
+    @lru_cache(maxsize=_COUNTED_TEXTS)
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    return count

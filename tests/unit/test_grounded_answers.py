@@ -19,11 +19,12 @@ pytest.importorskip("vllm")
 
 from deployments.config import AssistantConfig, GroundingConfig
 from deployments.dispatch import App, Dispatcher, Message
-from deployments.grounding.asgi import GroundedApp, Model
+from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.file_search import Found, RankingOptions
 from deployments.grounding.layout import Passage, passage_id
 from deployments.metrics import NoMetrics
-from deployments.seam.engine_client import FleetClient, PublicHTTPError
+from deployments.seam.engine_client import FleetClient
+from deployments.seam.frontend import token_counter
 from tests.unit.recording import LIMIT_S
 from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
 
@@ -67,17 +68,10 @@ class House:
 
     def __init__(self, app: App, fleet: ScriptedFleet, client: FleetClient, **always: Any) -> None:
         self.fleet, self.retriever, self.always = fleet, StubRetriever(), always
-
-        def admit(n: int) -> None:
-            try:
-                client.check_admission(n)
-            except PublicHTTPError as error:
-                raise error.error from None
-
-        model = Model("tiny", admit, lambda text: len(fleet.tokens(text)), lambda: 2048)
+        limits = Limits("tiny", client.let_in, token_counter(client), 2048)
         config = GroundingConfig(output_reserve_tokens=64)
         apps = {
-            name: GroundedApp(app, model, self.retriever, config, metrics=NoMetrics(), assistant=assistant)
+            name: GroundedApp(app, limits, self.retriever, config, metrics=NoMetrics(), assistant=assistant)
             for name, assistant in (("tiny", None), ("handbook", HANDBOOK))
         }
 

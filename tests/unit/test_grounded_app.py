@@ -12,7 +12,7 @@ import pytest
 from deployments.config import AssistantConfig, GroundingConfig
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
 from deployments.errors import BadRequest, EngineUnavailable, NotFound, Overloaded
-from deployments.grounding.asgi import GroundedApp, Model
+from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.file_search import Found, RankingOptions
 from deployments.grounding.layout import INSTRUCTIONS, Passage, passage_id
 from tests.unit.recording import LIMIT_S, Recorder
@@ -88,15 +88,21 @@ class StubApp:
 class House:
     """A grounded app behind the dispatcher, as a client meets it."""
 
-    def __init__(self, *, assistant: AssistantConfig | None = None, retriever: bool = True, **config: Any) -> None:
+    def __init__(
+        self,
+        *,
+        assistant: AssistantConfig | None = None,
+        retriever: bool = True,
+        max_model_len: int = 4000,
+        **config: Any,
+    ) -> None:
         self.app, self.retriever, self.metrics = StubApp(), StubRetriever(), Recorder()
         self.admitted: list[int] = []
-        self.admit: Callable[[int], None] = self.admitted.append
-        self.max_model_len = 4000
-        model = Model("tiny", lambda n: self.admit(n), lambda text: len(text) // 4, lambda: self.max_model_len)
+        self.let_in: Callable[[int], None] = self.admitted.append
+        limits = Limits("tiny", lambda n: self.let_in(n), lambda text: len(text) // 4, max_model_len)
         grounded = GroundedApp(
             self.app,
-            model,
+            limits,
             self.retriever if retriever else None,
             GroundingConfig(**config),
             metrics=self.metrics,
@@ -217,7 +223,7 @@ async def test_nothing_is_searched_for_a_request_that_is_not_let_in() -> None:
     def refuse(n: int) -> None:
         raise Overloaded("It is full.", retry_after_s=7)
 
-    house.admit = refuse
+    house.let_in = refuse
     status, answer, headers = await house.ask(question())
     assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "overloaded", "7")
     assert house.retriever.asked == []
@@ -310,8 +316,7 @@ async def test_passages_take_the_room_that_prompt_and_answer_leave() -> None:
 
 
 async def test_no_room_for_any_passage_is_an_error_rather_than_an_empty_answer() -> None:
-    house = House()
-    house.max_model_len = 200
+    house = House(max_model_len=200)
     status, answer, _ = await house.ask(question(max_tokens=100))
     assert (status, house.app.bodies) == (400, [])
     assert "No passage fits" in answer["error"]["message"]
