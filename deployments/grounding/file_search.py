@@ -137,7 +137,7 @@ class Answering:
         """Return what follows the text, for people whose clients show nothing but text."""
         if self.note_in_text:
             return "\n\n(The documents could not be searched: this answer does without them.)"
-        names = list(dict.fromkeys(annotation["filename"] for annotation in annotations))
+        names = list(dict.fromkeys(" ".join(annotation["filename"].split()) for annotation in annotations))
         if not self.sources_in_text or not names:
             return ""
         return "\n\nSources:\n" + "\n".join(f"- {name}" for name in names)

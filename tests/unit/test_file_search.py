@@ -190,7 +190,7 @@ def test_a_conversation_of_no_known_shape_is_refused(api: Any, body: dict[str, A
     assert refused.value.param == param
 
 
-@pytest.mark.parametrize(("names", "text"), [([], ""), (["a", "b", "a"], "\n\nSources:\n- a\n- b")])
+@pytest.mark.parametrize(("names", "text"), [([], ""), (["a", "b\nc", "a"], "\n\nSources:\n- a\n- b c")])
 def test_sources_are_listed_once_each_in_the_order_of_their_citations(names: list[str], text: str) -> None:
     assert Answering(sources_in_text=True).postscript([{"filename": name} for name in names]) == text
 
@@ -202,3 +202,17 @@ def test_events_are_cut_apart_wherever_the_bytes_are_cut() -> None:
     assert b"".join(events) == stream
     assert [data_of(event) for event in events] == [{"type": "a", "text": "é"}, None, None]
     assert splitter.end() == b""
+
+
+def test_a_stream_that_breaks_before_any_text_still_tells_of_the_search() -> None:
+    stream = responses.Stream(Answering(id="fs_1", query="q"))
+    created = {"type": "response.created", "response": {"tools": []}, "sequence_number": 0}
+    error = {"type": "error", "message": "no", "sequence_number": 1}
+    events = [data_of(event) for each in (created, error) for event in stream.event(event_of(each, named=True))]
+    assert [event["sequence_number"] for event in events if event] == list(range(7))
+    assert events[-1] == error | {"sequence_number": 6}
+
+
+@pytest.mark.parametrize("event", [b": alive\n\n", b"data: [DONE]\n\n", b'data: {"error": {"message": "no"}}\n\n'])
+def test_what_is_no_chunk_passes_a_streamed_chat_untouched(event: bytes) -> None:
+    assert chat.Stream(Answering()).event(event) == [event]
