@@ -7,6 +7,7 @@ gets one `sequence_number` from 0.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -125,22 +126,14 @@ def _clean_item(item: Body, answering: Answering) -> Body:
 
 
 def _clean_part(part: Body, answering: Answering) -> None:
-    if not isinstance(part.get("text"), str):
+    if not isinstance(part.get("text"), str) or not part["text"]:
         return
     part["text"], citations = read(part["text"], answering.cited_as)
     if part.get("type") == "output_text":
         part["annotations"] = answering.annotations(citations)
-        if part["text"]:
-            part["text"] += answering.postscript(part["annotations"])
+        part["text"] += answering.postscript(part["annotations"])
 
 
-_DELTAS: Final[Mapping[str, str]] = {
-    "response.output_text.delta": "text",
-    "response.reasoning_text.delta": "reasoning",
-    "response.reasoning_summary_text.delta": "reasoning",
-    "response.function_call_arguments.delta": "arguments",
-    "response.custom_tool_call_input.delta": "arguments",
-}
 _DONE: Final[Mapping[str, tuple[str, str]]] = {
     "response.output_text.done": ("response.output_text.delta", "text"),
     "response.reasoning_text.done": ("response.reasoning_text.delta", "text"),
@@ -148,6 +141,8 @@ _DONE: Final[Mapping[str, tuple[str, str]]] = {
     "response.function_call_arguments.done": ("response.function_call_arguments.delta", "arguments"),
     "response.custom_tool_call_input.done": ("response.custom_tool_call_input.delta", "input"),
 }
+"""By the event that ends a text: the event that brings its pieces, and the key of the whole."""
+_DELTAS: Final = frozenset(delta for delta, _ in _DONE.values())
 _TEXT: Final = "response.output_text.delta"
 
 
@@ -159,7 +154,7 @@ class Stream:
         self._next = 0
         self._searched = False
         self._readers: dict[tuple[str, int, int], CitationReader] = {}
-        self._annotations: dict[tuple[str, int, int], list[Body]] = {}
+        self._annotated: Counter[tuple[str, int, int]] = Counter()
 
     def event(self, event: bytes) -> list[bytes]:
         """Return what one event of vLLM's becomes."""
@@ -188,12 +183,14 @@ class Stream:
             _clean_item(data["item"], self._answering)
         elif kind in ("response.created", "response.in_progress"):
             _restore(data["response"], self._answering)
+            if kind == "response.in_progress":
+                return [data, *self._search()]
         elif isinstance(data.get("response"), dict):
             rewrite(data["response"], self._answering)
         return [*before, data]
 
     def _search(self) -> list[Body]:
-        """Return the search's own events. It is over: only now is it known that an answer follows."""
+        """Return the search's own events, all at once: it was over before the stream began."""
         self._searched = True
         answering = self._answering
         call = _call(answering)
@@ -218,13 +215,13 @@ class Stream:
     def _annotate(self, data: Body, citations: list[Citation]) -> list[Body]:
         if data["type"] != _TEXT or not citations:
             return []
-        made = self._annotations.setdefault(_place(_TEXT, data), [])
+        place = _place(_TEXT, data)
         events: list[Body] = []
         for annotation in self._answering.annotations(citations):
             where = {key: data[key] for key in ("item_id", "output_index", "content_index")}
-            added = {"annotation_index": len(made), "annotation": annotation}
+            added = {"annotation_index": self._annotated[place], "annotation": annotation}
             events.append({"type": "response.output_text.annotation.added", **where, **added})
-            made.append(annotation)
+            self._annotated[place] += 1
         return events
 
     def _done(self, data: Body, delta: str, key: str) -> list[Body]:
@@ -232,8 +229,9 @@ class Stream:
         place = _place(delta, data)
         reader = self._readers.pop(place, None)
         rest = reader.end() if reader is not None else ""
+        spoke = bool(data[key])
         data[key], citations = read(data[key], self._answering.cited_as)
-        if delta == _TEXT and data[key]:
+        if delta == _TEXT and spoke:
             postscript = self._answering.postscript(self._answering.annotations(citations))
             rest += postscript
             data[key] += postscript

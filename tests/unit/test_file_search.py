@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -216,3 +217,57 @@ def test_a_stream_that_breaks_before_any_text_still_tells_of_the_search() -> Non
 @pytest.mark.parametrize("event", [b": alive\n\n", b"data: [DONE]\n\n", b'data: {"error": {"message": "no"}}\n\n'])
 def test_what_is_no_chunk_passes_a_streamed_chat_untouched(event: bytes) -> None:
     assert chat.Stream(Answering()).event(event) == [event]
+
+
+IDS = {"k3f9": Passage("file-1", "a.md", 0, "x"), "b2c1": Passage("file-2", "b.md", 0, "y")}
+PIECES = ("[k3f9]", " [b2c1]", "[z9z9]", "[k3f9, b2c1]", "[k3", "f9]", "[", "]", " ", "word", "é🌊")
+
+
+def chat_events(pieces: list[str]) -> list[bytes]:
+    deltas = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in pieces), {}]
+    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices[-1]["finish_reason"] = "stop"
+    return [event_of({"model": "tiny", "choices": [choice]}) for choice in choices]
+
+
+def response_events(pieces: list[str]) -> list[bytes]:
+    place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    part = {"type": "output_text", "text": "".join(pieces), "annotations": []}
+    output = [{"type": "message", "id": "msg_1", "content": [part]}]
+    return [
+        event_of({"sequence_number": 0, **event}, named=True)
+        for event in (
+            {"type": "response.in_progress", "response": {"output": []}},
+            *({"type": "response.output_text.delta", **place, "delta": piece, "logprobs": []} for piece in pieces),
+            {"type": "response.output_text.done", **place, "text": part["text"]},
+            {"type": "response.content_part.done", **place, "part": part},
+            {"type": "response.completed", "response": {"output": output}},
+        )
+    ]
+
+
+@pytest.mark.parametrize("sources", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stream_says_what_the_whole_says_however_it_is_cut(seed: int, sources: bool) -> None:
+    rng = random.Random(seed)
+    answering = Answering(id="fs_1", cited_as=IDS, sources_in_text=sources)
+    for _ in range(50):
+        pieces = rng.choices(PIECES, k=rng.randrange(1, 10))
+        whole: Any = {"choices": [{"message": {"content": "".join(pieces)}}]}
+        message = chat.rewrite(whole, answering)["choices"][0]["message"]
+
+        stream: Any = chat.Stream(answering)
+        chunks = [data_of(event) or {} for given in chat_events(pieces) for event in stream.event(given)]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert "".join(delta.get("content") or "" for delta in deltas) == message["content"]
+        assert deltas[-1]["annotations"] == message["annotations"]
+
+        stream = responses.Stream(answering)
+        events = [data_of(event) or {} for given in response_events(pieces) for event in stream.event(given)]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        said = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+        added = [e["annotation"] for e in events if e["type"] == "response.output_text.annotation.added"]
+        *_, done, part, completed = events
+        final = completed["response"]["output"][1]["content"][0]
+        assert said == done["text"] == part["part"]["text"] == final["text"] == message["content"]
+        assert added == part["part"]["annotations"] == final["annotations"] == message["annotations"]
