@@ -247,7 +247,7 @@ class GroundedApp:
         raise DocumentsUnavailable(
             "The documents cannot be searched now. Retry later, or set `allow_without_documents` in the `file_search` "
             "tool to be answered without them.",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=getattr(reason, "retry_after_s", None) or _RETRY_AFTER_S,
         ) from reason
 
     def _may_do_without(self, search: FileSearch) -> bool:
