@@ -18,6 +18,10 @@ PURE = (
     "deployments.fleet.admission",
     "deployments.fleet.channel",
     "deployments.fleet.client",
+    "deployments.retrieval.chunking",
+    "deployments.retrieval.filters",
+    "deployments.retrieval.fusion",
+    "deployments.retrieval.records",
 )
 
 
