@@ -83,3 +83,9 @@ class EngineUnavailable(PublicError):
     """No engine can take or finish the request now; a retry may."""
 
     status, type, code = 503, "server_error", "engine_unavailable"
+
+
+class DocumentsUnavailable(PublicError):
+    """The document store, or the way to it, does not answer now; a retry may help."""
+
+    status, type, code = 503, "server_error", "documents_unavailable"

@@ -8,7 +8,7 @@ reader in every process finds.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, TypeVar
@@ -156,6 +156,15 @@ class Reader:
         """Return those of the vector stores that are this owner's."""
         found = await self.select(STORES, f"id IN ({listed(store_ids)}) AND {owned(owner)}") if store_ids else []
         return {store.id: store for store in found}
+
+    async def stores_of_anybody(self, store_ids: Collection[str]) -> dict[str, VectorStore]:
+        """Return those of the vector stores that are there, whoever owns them: for the Indexer's own work."""
+        found = await self.select(STORES, f"id IN ({listed(list(store_ids))})") if store_ids else []
+        return {store.id: store for store in found}
+
+    async def has_chunks(self, store_id: str) -> bool:
+        """Whether a store has a table of chunks: its first file makes it."""
+        return await self._table(chunks_table(store_id)) is not None
 
     async def member(self, store_id: str, file_id: str) -> VectorStoreFile | None:
         """Return a file of a vector store, or None."""

@@ -157,9 +157,9 @@ class Writer:
         await self._write(chunks_table(store_id), lambda handle: handle.add(rows), rows.num_rows)
         self._metrics.inc("indexer_chunks", rows.num_rows)
 
-    async def delete_chunks(self, store_id: str, file_ids: Sequence[str]) -> None:
-        """Delete all chunks of files."""
-        where = f"file_id IN ({listed(file_ids)})"
+    async def delete_chunks(self, store_id: str, file_ids: Sequence[str], *, first: int = 0) -> None:
+        """Delete the chunks of files from number `first` on."""
+        where = f"file_id IN ({listed(file_ids)}) AND position >= {first}"
         await self._write(chunks_table(store_id), lambda handle: handle.delete(where))
 
     async def set_attributes(self, store_id: str, file_id: str, attributes: Attributes) -> None:
