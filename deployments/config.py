@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -122,6 +122,45 @@ class ModelConfig(_Frozen):
         return "Engine-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name)
 
 
+class DocumentsConfig(_Frozen):
+    """The document store, and the Indexer and Retriever deployments over it."""
+
+    uri: str = Field(min_length=1, description="A folder all replicas can reach, or `s3://bucket/prefix`.")
+    storage_options: dict[str, str] = Field(
+        {}, description="Keys and addresses of S3, by LanceDB's names; what is missing comes from the environment."
+    )
+    embedding_model: str | None = Field(
+        None, description="Name of one of `models`, a pooling model. Without it, stores are searched by words alone."
+    )
+    rerank_model: str | None = Field(None, description="Name of one of `models`, a score model.")
+    language: str = Field("English", description="Of the texts, for stemming and stop words.")
+    fusion: Literal["weighted", "rrf"] = Field("weighted", description="How words and meaning become one ranking.")
+    max_chunk_size_tokens: int = Field(800, ge=100, le=4096, description="Where the client leaves it to us.")
+    chunk_overlap_tokens: int = Field(400, ge=0, description="Likewise. At most half of the size.")
+    max_file_bytes: int = Field(512 * 2**20, ge=1)
+    max_text_chars: int = Field(20_000_000, ge=1000, description="Of one file, as read from it.")
+    max_open_uploads: int = Field(16, ge=1, description="More at once get 429.")
+    parse_workers: int = Field(2, ge=1, description="Files parsed at once, each in a process of its own.")
+    parse_timeout_s: float = Field(120.0, gt=0, description="For one file.")
+    parse_memory_bytes: int = Field(2 * 2**30, ge=64 * 2**20, description="Address space of each parsing process.")
+    embed_batch_texts: int = Field(64, ge=1, description="Chunks in one call to the embedding model.")
+    embed_timeout_s: float = Field(120.0, gt=0, description="Of such a call, before it is tried again.")
+    search_timeout_s: float = Field(10.0, gt=0, description="After which a search is a 503.")
+    write_timeout_s: float = Field(60.0, gt=0, description="After which a call to the Indexer is a 503.")
+    candidates: int = Field(50, ge=50, le=1000, description="What each leg of a search finds, before ranking.")
+    compact_after_s: float = Field(30.0, gt=0, description="Tables rest this long before they are compacted.")
+    keep_versions_s: float = Field(600.0, ge=1, description="How long old versions of tables can still be read.")
+    cache_bytes: int = Field(512 * 2**20, ge=2**20, description="LanceDB's caches, in each replica.")
+    indexer: dict[str, Any] = Field({}, description="Serve deployment options of the Indexer.")
+    retriever: dict[str, Any] = Field({}, description="Serve deployment options of the Retriever.")
+
+    @model_validator(mode="after")
+    def _overlap_is_at_most_half(self) -> DocumentsConfig:
+        if self.chunk_overlap_tokens > self.max_chunk_size_tokens / 2:
+            raise ValueError("chunk_overlap_tokens must be at most half of max_chunk_size_tokens")
+        return self
+
+
 class AppConfig(_Frozen):
     """Everything under `args` in `serve_config.yaml`."""
 
@@ -129,6 +168,7 @@ class AppConfig(_Frozen):
     assistants: tuple[AssistantConfig, ...] = ()
     router: RouterConfig = RouterConfig()
     grounding: GroundingConfig = GroundingConfig()
+    documents: DocumentsConfig | None = Field(None, description="Without it, there are no files and vector stores.")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> AppConfig:
@@ -154,6 +194,16 @@ class AppConfig(_Frozen):
             if assistant.name in taken:
                 raise ConfigError(f"assistants: the name {assistant.name!r} is taken")
             taken.add(assistant.name)
+
+    @model_validator(mode="after")
+    def _documents_name_models(self) -> AppConfig:
+        if self.documents is not None:
+            names = [model.name for model in self.models]
+            for key in ("embedding_model", "rerank_model"):
+                name = getattr(self.documents, key)
+                if name is not None and name not in names:
+                    raise ValueError(f"documents.{key} is {name!r}, and models has only {', '.join(names)}")
+        return self
 
     @classmethod
     def parse(cls, args: dict[str, Any]) -> AppConfig:

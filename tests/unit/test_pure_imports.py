@@ -20,6 +20,10 @@ PURE = (
     "deployments.fleet.client",
     "deployments.grounding.asgi",
     "deployments.grounding.layout",
+    "deployments.retrieval.chunking",
+    "deployments.retrieval.filters",
+    "deployments.retrieval.fusion",
+    "deployments.retrieval.records",
 )
 
 

@@ -1,0 +1,692 @@
+"""Taking documents in: files and vector stores are made, changed and deleted here, and files are indexed.
+
+There is no queue beside the store: a file of a vector store whose status is `in_progress` *is* the work, so whatever
+happens to this process, the next one goes on. Chunks are committed before the status that says so; what a broken run
+has left of a file that is still in progress is deleted before that file is read again. Deletions mark first, so that
+nobody sees the thing any more, and are finished after a restart if need be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from deployments.config import DocumentsConfig
+from deployments.errors import BadRequest, DocumentsUnavailable, Overloaded
+from deployments.retrieval.blobs import Blobs, BlobWriter
+from deployments.retrieval.filters import quoted
+from deployments.retrieval.parsing import Unreadable
+from deployments.retrieval.ports import Embed, Metrics, Vectors
+from deployments.retrieval.reader import Reader, listed
+from deployments.retrieval.records import (
+    Attributes,
+    Batch,
+    Chunk,
+    Chunking,
+    ErrorCode,
+    File,
+    VectorStore,
+    VectorStoreFile,
+    new_id,
+)
+from deployments.retrieval.rules import check_usable, no_batch, no_file, no_member, no_store
+from deployments.retrieval.sandbox import Sandbox
+from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows
+from deployments.retrieval.writer import Fenced, Writer
+
+logger = logging.getLogger("ray.serve.groundswell.indexer")
+
+_LOOK_AHEAD_FILES: Final = 256
+_BUFFERED_PIECES: Final = 64
+_CHUNKS_A_COMMIT: Final = 2048
+_DELETED_TOGETHER: Final = 500
+_MAX_COMMITS: Final = 64
+_MAX_UNINDEXED_ROWS: Final = 20_000
+_UPLOAD_IDLE_S: Final = 600.0
+_RETRY_S: Final = (0.5, 30.0)
+_EMBED_CALLS_AT_ONCE: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A file that is to be in a vector store; `chunking` None leaves it to us."""
+
+    file_id: str
+    attributes: Attributes = field(default_factory=dict)
+    chunking: Chunking | None = None
+
+
+@dataclass(eq=False)
+class _Job:
+    """A file that is being indexed; `cancelled` once somebody has detached or deleted it."""
+
+    member: VectorStoreFile
+    cancelled: bool = False
+    position: int = 0
+    usage_bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.member.store_id, self.member.file_id
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Something of a job on its way into the store: chunks, or its end."""
+
+    job: _Job
+    first: int = 0
+    chunks: Sequence[Chunk] = ()
+    end: bool = False
+    error: Unreadable | None = None
+
+
+@dataclass
+class _Upload:
+    owner: str | None
+    out: BlobWriter
+    touched: float
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Ingestion:
+    """See the module's docstring. `start` it once; it works until it is closed or fenced.
+
+    Args:
+        config: Bounds, timeouts, defaults.
+        writer: The one writer.
+        reader: Over the same store.
+        blobs: The files' bytes.
+        sandbox: Reads and cuts files.
+        embed: Makes vectors; None without an embedding model.
+        max_chunk_tokens: What the embedding model reads at once; None without a limit.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        config: DocumentsConfig,
+        writer: Writer,
+        reader: Reader,
+        blobs: Blobs,
+        sandbox: Sandbox,
+        metrics: Metrics,
+        *,
+        embed: Embed | None = None,
+        max_chunk_tokens: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._writer, self._reader, self._blobs, self._sandbox = writer, reader, blobs, sandbox
+        self._metrics = metrics
+        self._embed = embed
+        self._max_chunk_tokens = max_chunk_tokens
+        self._clock = clock
+        self._uploads: dict[str, _Upload] = {}
+        self._changing = asyncio.Lock()  # what is checked under it still holds when it is written
+        self._waiting: deque[_Job] = deque()
+        self._jobs: dict[tuple[str, str], _Job] = {}
+        self._wake = asyncio.Event()
+        self._refilling = asyncio.Lock()
+        self._pieces: asyncio.Queue[_Piece] = asyncio.Queue(_BUFFERED_PIECES)
+        self._buffered = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self.fenced = False
+
+    async def start(self) -> None:
+        """Finish what a former run has begun, and begin to work."""
+        await self._recover()
+        loops = [self._read_files] * self._config.parse_workers + [self._write_pieces, self._keep_house]
+        self._tasks = [asyncio.get_running_loop().create_task(self._forever(loop)) for loop in loops]
+
+    async def close(self) -> None:
+        """Stop. What is unfinished stays in progress, for the next."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._sandbox.close()
+
+    # Files
+
+    async def begin_upload(self, owner: str | None) -> str:
+        """Begin a file; return its id.
+
+        Raises:
+            Overloaded: Too many uploads are open.
+        """
+        if len(self._uploads) >= self._config.max_open_uploads:
+            raise Overloaded("Too many uploads at once.", retry_after_s=5)
+        file_id = new_id("file-")
+        self._uploads[file_id] = _Upload(owner, await self._blobs.create(file_id), time.monotonic())
+        self._metrics.set("indexer_open_uploads", len(self._uploads))
+        return file_id
+
+    async def upload(self, file_id: str, offset: int, data: bytes) -> None:
+        """Add bytes to a file that has been begun, in order.
+
+        Raises:
+            DocumentsUnavailable: The upload broke off; begin again.
+        """
+        upload = self._upload(file_id)
+        async with upload.lock:
+            upload.touched = time.monotonic()
+            if offset != upload.out.size:
+                raise DocumentsUnavailable("The upload broke off: try again.", retry_after_s=1)
+            await upload.out.write(data)
+
+    async def finish_upload(
+        self, file_id: str, filename: str, purpose: str, expires_after_s: int | None = None
+    ) -> File:
+        """Make a file of what was uploaded."""
+        upload = self._upload(file_id)
+        async with upload.lock:
+            await upload.out.close()
+            expires_at = None if expires_after_s is None else int(self._clock()) + expires_after_s
+            created = self._writer.now_us()
+            file = File(file_id, upload.owner, filename, upload.out.size, created, purpose, expires_at)
+            await self._writer.add(FILES, [file])
+            self._forget_upload(file_id)
+            return file
+
+    async def abort_upload(self, file_id: str) -> None:
+        """Forget an upload that will not be finished."""
+        if (upload := self._uploads.get(file_id)) is not None:
+            async with upload.lock:
+                self._forget_upload(file_id)
+                await upload.out.close()
+                await self._blobs.delete(file_id)
+
+    def _upload(self, file_id: str) -> _Upload:
+        if (upload := self._uploads.get(file_id)) is None:
+            raise DocumentsUnavailable("The upload broke off: try again.", retry_after_s=1)
+        return upload
+
+    def _forget_upload(self, file_id: str) -> None:
+        self._uploads.pop(file_id, None)
+        self._metrics.set("indexer_open_uploads", len(self._uploads))
+
+    async def delete_file(self, owner: str | None, file_id: str) -> None:
+        """Delete a file, and what vector stores have of it.
+
+        Raises:
+            NotFound: There is none, or it is another's.
+        """
+        async with self._changing:
+            if await self._reader.file(owner, file_id) is None:
+                raise no_file(file_id)
+            await self._writer.mark_deleting(FILES, f"id = {quoted(file_id)}")
+            await self._finish_file(file_id)
+
+    async def _finish_file(self, file_id: str) -> None:
+        for member in await self._reader.select(MEMBERS, f"file_id = {quoted(file_id)}"):
+            await self._remove(member)
+        await self._blobs.delete(file_id)
+        await self._writer.delete(FILES, f"id = {quoted(file_id)}")
+
+    # Vector stores
+
+    async def create_store(
+        self,
+        owner: str | None,
+        name: str = "",
+        description: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        expires_after_days: int | None = None,
+        attachments: Sequence[Attachment] = (),
+    ) -> VectorStore:
+        """Create a vector store, with files in it if any are given."""
+        store = VectorStore(
+            new_id("vs_"),
+            owner,
+            name,
+            description,
+            self._writer.now_us(),
+            int(self._clock()),
+            expires_after_days,
+            metadata=metadata or {},
+            embedding_model=self._config.embedding_model,
+        )
+        async with self._changing:
+            members = await self._members(store, attachments, None)
+            await self._writer.add(STORES, [store])
+            await self._writer.add(MEMBERS, members)
+        self._wake.set()
+        return store
+
+    async def update_store(self, owner: str | None, store_id: str, changes: Mapping[str, Any]) -> VectorStore:
+        """Change a store's `name`, `description`, `metadata` or `expires_after_days`; what is not there stays."""
+        async with self._changing:
+            store = await self._store(owner, store_id, open_only=False)
+            changed = replace(store, **changes, last_active_at=int(self._clock()))
+            await self._writer.put(STORES, [changed])
+            return changed
+
+    async def delete_store(self, owner: str | None, store_id: str) -> None:
+        """Delete a store; its files stay."""
+        async with self._changing:
+            await self._store(owner, store_id, open_only=False)
+            await self._writer.mark_deleting(STORES, f"id = {quoted(store_id)}")
+            await self._finish_store(store_id)
+
+    async def _finish_store(self, store_id: str) -> None:
+        await self._empty_store(store_id)
+        await self._writer.delete(BATCHES, f"store_id = {quoted(store_id)}")
+        await self._writer.delete(STORES, f"id = {quoted(store_id)}")
+
+    async def _empty_store(self, store_id: str) -> None:
+        for job in [job for job in self._jobs.values() if job.member.store_id == store_id]:
+            self._cancel(job.member)
+        await self._writer.drop_chunks(store_id)
+        await self._writer.delete(MEMBERS, f"store_id = {quoted(store_id)}")
+
+    async def touch(self, store_ids: Sequence[str]) -> None:
+        """Note that stores were used, which is what their expiry counts from."""
+        async with self._changing:
+            where = f"id IN ({listed(store_ids)}) AND state = 'open'"
+            await self._writer.update(STORES, where, {"last_active_at": int(self._clock())})
+
+    # Files in vector stores
+
+    async def attach(self, owner: str | None, store_id: str, attachment: Attachment) -> VectorStoreFile:
+        """Put a file into a store; it is indexed soon.
+
+        Raises:
+            NotFound: There is no such store or file.
+            BadRequest: The store has expired, or was made for another embedding model.
+        """
+        async with self._changing:
+            store = await self._store(owner, store_id)
+            (member,) = await self._members(store, [attachment], None)
+            await self._writer.put(MEMBERS, [member])
+        self._wake.set()
+        return member
+
+    async def attach_batch(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> Batch:
+        """Put files into a store, as one batch."""
+        async with self._changing:
+            store = await self._store(owner, store_id)
+            batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
+            members = await self._members(store, attachments, batch.id)
+            await self._writer.add(BATCHES, [batch])
+            await self._writer.put(MEMBERS, members)
+        self._wake.set()
+        return batch
+
+    async def _members(
+        self, store: VectorStore, attachments: Sequence[Attachment], batch_id: str | None
+    ) -> list[VectorStoreFile]:
+        """Return the rows of files to attach. What is there already, and would be the same again, is kept."""
+        by_id = {attachment.file_id: attachment for attachment in attachments}
+        files = await self._reader.files(store.owner, list(by_id))
+        if missing := [file_id for file_id in by_id if file_id not in files]:
+            raise no_file(missing[0])
+        where = f"store_id = {quoted(store.id)} AND file_id IN ({listed(list(by_id))})"
+        present = {m.file_id: m for m in await self._reader.select(MEMBERS, where)} if by_id else {}
+        members = []
+        for file_id, attachment in by_id.items():
+            member = VectorStoreFile(
+                store.id,
+                file_id,
+                store.owner,
+                files[file_id].filename,
+                self._writer.now_us(),
+                "in_progress",
+                attachment.chunking or self.default_chunking,
+                attachment.attributes,
+                batch_id=batch_id,
+            )
+            self._check_chunking(member.chunking)
+            if (there := present.get(file_id)) is not None:
+                same = (there.attributes, there.chunking) == (member.attributes, member.chunking)
+                if same and there.status in ("in_progress", "completed"):
+                    kept = replace(there, batch_id=batch_id or there.batch_id)
+                    if (job := self._jobs.get((store.id, file_id))) is not None:
+                        job.member = kept
+                    members.append(kept)
+                    continue
+                await self._stop(there)
+            members.append(member)
+        return members
+
+    @property
+    def default_chunking(self) -> Chunking:
+        """What is taken where the client leaves it to us: never more than the embedding model reads at once."""
+        size, overlap = self._config.max_chunk_size_tokens, self._config.chunk_overlap_tokens
+        if self._max_chunk_tokens is not None and size > self._max_chunk_tokens:
+            return Chunking(self._max_chunk_tokens, overlap * self._max_chunk_tokens // size)
+        return Chunking(size, overlap)
+
+    def _check_chunking(self, chunking: Chunking) -> None:
+        most = self._max_chunk_tokens
+        if most is not None and chunking.max_tokens > most:
+            raise BadRequest(
+                f"The embedding model of this server reads {most} tokens at once: "
+                f"`max_chunk_size_tokens` may be at most {most}.",
+                param="chunking_strategy",
+            )
+
+    async def set_attributes(
+        self, owner: str | None, store_id: str, file_id: str, attributes: Attributes
+    ) -> VectorStoreFile:
+        """Give a file of a store new attributes."""
+        async with self._changing:
+            await self._store(owner, store_id)
+            member = await self._member(store_id, file_id)
+            if member.status == "completed":
+                await self._writer.set_attributes(store_id, file_id, attributes)
+            elif (store_id, file_id) in self._jobs:
+                await self._stop(member)  # it is read again, with the new ones
+            changed = replace(member, attributes=attributes)
+            await self._writer.put(MEMBERS, [changed])
+        self._wake.set()
+        return changed
+
+    async def detach(self, owner: str | None, store_id: str, file_id: str) -> None:
+        """Take a file out of a store."""
+        async with self._changing:
+            await self._store(owner, store_id, open_only=False)
+            member = await self._member(store_id, file_id)
+            await self._writer.mark_deleting(MEMBERS, _row(member))
+            await self._remove(member)
+
+    async def cancel_batch(self, owner: str | None, store_id: str, batch_id: str) -> Batch:
+        """Stop indexing the files of a batch that are not done."""
+        async with self._changing:
+            await self._store(owner, store_id, open_only=False)
+            batch = await self._reader.batch(store_id, batch_id)
+            if batch is None:
+                raise no_batch(batch_id)
+            await self._writer.update(BATCHES, f"id = {quoted(batch_id)}", {"cancelled": True})
+            await self._finish_cancel(batch)
+            return replace(batch, cancelled=True)
+
+    async def _finish_cancel(self, batch: Batch) -> None:
+        where = f"batch_id = {quoted(batch.id)} AND status = 'in_progress'"
+        if members := await self._reader.select(MEMBERS, where):
+            for member in members:
+                self._cancel(member)
+            await self._purge(batch.store_id, [member.file_id for member in members])
+            await self._writer.update(MEMBERS, where, {"status": "cancelled"})
+
+    async def _remove(self, member: VectorStoreFile) -> None:
+        await self._stop(member)
+        await self._writer.delete(MEMBERS, _row(member))
+
+    async def _stop(self, member: VectorStoreFile) -> None:
+        """Leave nothing of a file in a store, now or from what is being indexed."""
+        self._cancel(member)
+        await self._purge(member.store_id, [member.file_id])
+
+    def _cancel(self, member: VectorStoreFile) -> None:
+        if (job := self._jobs.pop((member.store_id, member.file_id), None)) is not None:
+            job.cancelled = True
+
+    async def _purge(self, store_id: str, file_ids: Sequence[str]) -> None:
+        for first in range(0, len(file_ids), _DELETED_TOGETHER):
+            if await self._reader.has_chunks(store_id):
+                await self._writer.delete_chunks(store_id, file_ids[first : first + _DELETED_TOGETHER])
+
+    async def _store(self, owner: str | None, store_id: str, *, open_only: bool = True) -> VectorStore:
+        store = await self._reader.store(owner, store_id)
+        if store is None:
+            raise no_store(store_id)
+        if open_only:
+            check_usable(store, self._config.embedding_model)
+        return store
+
+    async def _member(self, store_id: str, file_id: str) -> VectorStoreFile:
+        member = await self._reader.member(store_id, file_id)
+        if member is None:
+            raise no_member(file_id)
+        return member
+
+    # The work
+
+    async def _recover(self) -> None:
+        known = {file.id for file in await self._reader.select(FILES, "true")}
+        for file_id in await self._blobs.ids() - known:
+            await self._blobs.delete(file_id)
+        for file in await self._reader.select(FILES, "true", deleting=True):
+            await self._finish_file(file.id)
+        for store in await self._reader.select(STORES, "true", deleting=True):
+            await self._finish_store(store.id)
+        for member in await self._reader.select(MEMBERS, "true", deleting=True):
+            await self._remove(member)
+        for batch in await self._reader.select(BATCHES, "cancelled = true"):
+            await self._finish_cancel(batch)
+        begun: dict[str, list[str]] = {}
+        for member in await self._reader.select(MEMBERS, "status = 'in_progress'"):
+            begun.setdefault(member.store_id, []).append(member.file_id)
+        for store_id, file_ids in begun.items():
+            logger.info("Going on with %d files of vector store %s", len(file_ids), store_id)
+            await self._purge(store_id, file_ids)
+
+    async def _forever(self, loop: Callable[[], Any]) -> None:
+        while not self.fenced:
+            try:
+                await loop()
+            except Fenced as error:
+                logger.error("This Indexer must stop writing: %s", error)
+                self.fenced = True
+            except Exception:
+                logger.exception("The Indexer's %s failed; it goes on", loop.__name__.strip("_"))
+                await asyncio.sleep(1)
+
+    async def _read_files(self) -> None:
+        while True:
+            job = await self._next_job()
+            try:
+                await self._read(job)
+            except Unreadable as error:
+                await self._pieces.put(_Piece(job, end=True, error=error))
+            except Exception:
+                if not job.cancelled:
+                    logger.exception("File %s could not be read", job.member.file_id)
+                    ours = Unreadable("server_error", "The file could not be read, by no fault of its own.")
+                    await self._pieces.put(_Piece(job, end=True, error=ours))
+
+    async def _next_job(self) -> _Job:
+        async with self._refilling:
+            while True:
+                while self._waiting:
+                    job = self._waiting.popleft()
+                    if not job.cancelled:
+                        return job
+                self._wake.clear()
+                async with self._changing:  # nobody detaches a file between this look and its job
+                    limit = _LOOK_AHEAD_FILES + len(self._jobs)
+                    for member in await self._reader.select(
+                        MEMBERS, "status = 'in_progress'", order="asc", limit=limit
+                    ):
+                        if (job := _Job(member)).key not in self._jobs:
+                            self._jobs[job.key] = job
+                            self._waiting.append(job)
+                self._metrics.set("indexer_waiting_files", len(self._jobs))
+                if not self._waiting:
+                    await self._wake.wait()
+
+    async def _read(self, job: _Job) -> None:
+        member = job.member
+        async with self._blobs.local(member.file_id) as path:
+            stream = self._sandbox.chunks(path, member.filename, member.chunking)
+            try:
+                async for chunks in stream:
+                    if job.cancelled:
+                        return
+                    self._buffered += len(chunks)
+                    job.usage_bytes += sum(len(chunk.text.encode()) for chunk in chunks)
+                    await self._pieces.put(_Piece(job, job.position, chunks))
+                    job.position += len(chunks)
+            finally:
+                await stream.aclose()
+        await self._pieces.put(_Piece(job, end=True))
+
+    async def _write_pieces(self) -> None:
+        while True:
+            pieces = [await self._pieces.get()]
+            while not self._pieces.empty() and sum(len(p.chunks) for p in pieces) < _CHUNKS_A_COMMIT:
+                pieces.append(self._pieces.get_nowait())
+            await self._write_until_done(pieces)
+            self._buffered -= sum(len(p.chunks) for p in pieces)
+            self._metrics.set("indexer_buffered_chunks", self._buffered)
+
+    async def _write_until_done(self, pieces: list[_Piece]) -> None:
+        """Write pieces, however often it takes: their files are read, and what fails here is not their fault."""
+        wait_s, again = _RETRY_S[0], False
+        while True:
+            try:
+                return await self._write(pieces, again=again)
+            except Fenced:
+                raise
+            except BadRequest as error:  # the embedding model wants none of some text: find out whose
+                jobs = list(dict.fromkeys(piece.job for piece in pieces))
+                if len(jobs) == 1:
+                    return await self._give_up(jobs[0], Unreadable("invalid_file", error.message))
+                for job in jobs:
+                    await self._write_until_done([piece for piece in pieces if piece.job is job])
+                return
+            except Exception as error:
+                self._metrics.inc("indexer_retries")
+                logger.warning("Indexing waits %.1f s: %s: %s", wait_s, type(error).__name__, error)
+                await asyncio.sleep(wait_s)
+                wait_s, again = min(_RETRY_S[1], 2 * wait_s), True
+
+    async def _give_up(self, job: _Job, error: Unreadable) -> None:
+        async with self._changing:
+            if not job.cancelled:
+                job.cancelled = True
+                await self._finish([_Piece(job, end=True, error=error)])
+
+    async def _write(self, pieces: list[_Piece], *, again: bool) -> None:
+        """Embed and commit pieces, then the states of the files that end with them.
+
+        Args:
+            pieces: In the order they were read.
+            again: A former try may have committed some of it.
+        """
+        stores = await self._reader.stores_of_anybody({p.job.member.store_id for p in pieces})
+        vectors = await self._vectors([p for p in pieces if p.chunks and not p.job.cancelled])
+        async with self._changing, self._staged("index"):
+            live = [p for p in pieces if not p.job.cancelled and p.job.member.store_id in stores]
+            for store_id in dict.fromkeys(p.job.member.store_id for p in live if p.chunks):
+                of_store = [p for p in live if p.chunks and p.job.member.store_id == store_id]
+                await self._write_chunks(stores[store_id], of_store, vectors, again=again)
+            await self._finish([p for p in live if p.end])
+
+    async def _write_chunks(
+        self, store: VectorStore, pieces: list[_Piece], vectors: Mapping[int, Vectors], *, again: bool
+    ) -> None:
+        dimension = vectors[id(pieces[0])].shape[1] if vectors else 0
+        if store.dimension != dimension:
+            if store.dimension:
+                raise RuntimeError(f"vectors of {dimension} for store {store.id}, which has {store.dimension}")
+            await self._writer.update(STORES, f"id = {quoted(store.id)}", {"dimension": dimension})
+        await self._writer.create_chunks(store.id, dimension)
+        if again:
+            for job in dict.fromkeys(piece.job for piece in pieces):
+                first = min(piece.first for piece in pieces if piece.job is job)
+                await self._writer.delete_chunks(store.id, [job.member.file_id], first=first)
+        rows = [chunk_rows(p.job.member, p.chunks, p.first, vectors.get(id(p)), dimension) for p in pieces]
+        await self._writer.add_chunks(store.id, pa.concat_tables(rows))
+
+    async def _vectors(self, pieces: list[_Piece]) -> dict[int, Vectors]:
+        if self._embed is None or not pieces:
+            return {}
+        texts = [chunk.text for piece in pieces for chunk in piece.chunks]
+        size = self._config.embed_batch_texts
+        at_once = asyncio.Semaphore(_EMBED_CALLS_AT_ONCE)
+        embed = self._embed
+
+        async def call(first: int) -> Vectors:
+            async with at_once, asyncio.timeout(self._config.embed_timeout_s):
+                return await embed(texts[first : first + size])
+
+        async with self._staged("embed"):
+            made = np.concatenate(await asyncio.gather(*(call(first) for first in range(0, len(texts), size))))
+        vectors, first = {}, 0
+        for piece in pieces:
+            vectors[id(piece)] = made[first : first + len(piece.chunks)]
+            first += len(piece.chunks)
+        return vectors
+
+    async def _finish(self, ends: list[_Piece]) -> None:
+        members = []
+        for piece in ends:
+            member, error = piece.job.member, piece.error
+            if error is not None:
+                await self._purge(member.store_id, [member.file_id])
+                members.append(_failed(member, error.code, error.message))
+                logger.info("File %s of %s failed: %s", member.file_id, member.store_id, error.message)
+            else:
+                members.append(replace(member, status="completed", usage_bytes=piece.job.usage_bytes))
+        await self._writer.put(MEMBERS, members)
+        for piece, member in zip(ends, members, strict=True):
+            if self._jobs.get(piece.job.key) is piece.job:
+                del self._jobs[piece.job.key]
+            self._metrics.inc("indexer_files", outcome=member.status)
+            self._metrics.observe("indexer_file_seconds", time.monotonic() - piece.job.started)
+        self._metrics.set("indexer_waiting_files", len(self._jobs))
+
+    @asynccontextmanager
+    async def _staged(self, stage: str) -> AsyncIterator[None]:
+        started = time.monotonic()
+        yield
+        self._metrics.observe("indexer_stage_seconds", time.monotonic() - started, stage=stage)
+
+    # The house
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(min(5.0, self._config.compact_after_s))
+            await self._end_stale_uploads()
+            await self._expire()
+            await self._compact()
+
+    async def _end_stale_uploads(self) -> None:
+        for file_id, upload in list(self._uploads.items()):
+            if time.monotonic() - upload.touched > _UPLOAD_IDLE_S:
+                logger.info("Upload %s broke off", file_id)
+                await self.abort_upload(file_id)
+
+    async def _expire(self) -> None:
+        now = int(self._clock())
+        for file in await self._reader.select(FILES, f"expires_at <= {now}"):
+            logger.info("File %s has expired", file.id)
+            await self.delete_file(file.owner, file.id)
+        due = f"expires_after_days IS NOT NULL AND last_active_at + expires_after_days * 86400 <= {now}"
+        for store in await self._reader.select(STORES, f"state = 'open' AND {due}"):
+            async with self._changing:
+                logger.info("Vector store %s has expired", store.id)
+                await self._writer.update(STORES, f"id = {quoted(store.id)}", {"state": "expired"})
+                await self._empty_store(store.id)
+
+    async def _compact(self) -> None:
+        due = self._writer.behind(
+            idle_s=self._config.compact_after_s, max_commits=_MAX_COMMITS, max_rows=_MAX_UNINDEXED_ROWS
+        )
+        for name in due:
+            try:
+                await self._writer.compact(name, keep_versions_s=self._config.keep_versions_s)
+            except Fenced:
+                raise
+            except Exception:
+                logger.exception("Table %s could not be compacted; it is tried again", name)
+        self._metrics.set("indexer_tables_behind", self._writer.tables_behind)
+
+
+def _failed(member: VectorStoreFile, code: ErrorCode, message: str) -> VectorStoreFile:
+    return replace(member, status="failed", error_code=code, error_message=message)
+
+
+def _row(member: VectorStoreFile) -> str:
+    return f"store_id = {quoted(member.store_id)} AND file_id = {quoted(member.file_id)}"

@@ -1,0 +1,375 @@
+"""Documents in: what is acknowledged stays, what is broken says so, and nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
+from deployments.retrieval.ingestion import Attachment
+from deployments.retrieval.records import Chunking, PageRequest
+from deployments.retrieval.tables import FILES, MEMBERS, STORES
+from tests.unit.documents import docx, pdf, zip_bomb
+from tests.unit.house import House, house, stub_embed
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest_asyncio.fixture
+async def words(tmp_path: Path) -> AsyncIterator[House]:
+    async with house(tmp_path) as made:
+        yield made
+
+
+async def found(made: House, store_id: str, query: str, owner: str | None = None) -> set[str]:
+    return {hit.file_id for hit in await made.searcher.search(owner, [store_id], [query], max_results=50)}
+
+
+async def test_a_file_is_found_once_it_is_indexed(words: House) -> None:
+    store, (fox, _) = await words.store_of("A quick fox.", "A lazy dog.")
+    assert await found(words, store, "foxes") == {fox}
+    counts = (await words.catalog.store(None, store))[1]
+    assert (counts.completed, counts.total, counts.usage_bytes) == (2, 2, len("A quick fox.A lazy dog."))
+
+
+async def test_every_kind_of_document_is_read(words: House) -> None:
+    files = [
+        await words.upload("# Head\n\nzebra in markdown", "a.md"),
+        await words.upload("<html><p>zebra in html</p></html>", "a.html"),
+        await words.upload(pdf(["zebra in pdf"]), "a.pdf"),
+        await words.upload(docx([("", "zebra in docx")]), "a.docx"),
+    ]
+    store = await words.ingestion.create_store(None, attachments=[Attachment(f) for f in files])
+    assert {m.status for m in await words.indexed(store.id)} == {"completed"}
+    assert await found(words, store.id, "zebra") == set(files)
+
+
+async def test_a_broken_file_fails_with_a_reason_and_its_batch_goes_on(words: House) -> None:
+    broken = {
+        await words.upload(b"", "empty.txt"): ("invalid_file", "empty"),
+        await words.upload("text", "a.pdf"): ("invalid_file", "not a PDF"),
+        await words.upload(os.urandom(3000), "noise.bin"): ("unsupported_file", "binary"),
+        await words.upload(zip_bomb(300 * 2**20), "bomb.docx"): ("invalid_file", "unpacks"),
+    }
+    good = await words.upload("a good zebra")
+    store = await words.ingestion.create_store(None)
+    batch = await words.ingestion.attach_batch(None, store.id, [Attachment(f) for f in (*broken, good)])
+    members = {m.file_id: m for m in await words.indexed(store.id)}
+    for file_id, (code, word) in broken.items():
+        assert (members[file_id].status, members[file_id].error_code) == ("failed", code)
+        assert word in (members[file_id].error_message or "")
+    assert members[good].status == "completed"
+    counts = (await words.catalog.batch(None, store.id, batch.id))[1]
+    assert (counts.failed, counts.completed, counts.in_progress) == (4, 1, 0)
+
+
+async def test_openais_static_strategy_is_honoured(words: House) -> None:
+    file = await words.upload("\n\n".join(f"Paragraph {i} with some words in it." for i in range(500)))
+    store = await words.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 20))])
+    (member,) = await words.indexed(store.id)
+    assert member.chunking == Chunking(100, 20)
+    chunks = await words.reader.chunks(store.id, file)
+    assert len(chunks) > 20
+    assert max(chunk.tokens for chunk in chunks) <= 100
+    assert "".join("".join(await words.catalog.text(None, store.id, file)).split()) == "".join(
+        f"Paragraph{i}withsomewordsinit." for i in range(500)
+    )
+
+
+async def test_chunks_are_never_longer_than_the_embedding_model_reads(tmp_path: Path) -> None:
+    async with house(tmp_path, embed=stub_embed, max_chunk_tokens=200) as made:
+        file = await made.upload("words " * 1000)
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file)])
+        (member,) = await made.indexed(store.id)
+        assert member.chunking == Chunking(200, 100)
+        with pytest.raises(BadRequest, match="at most 200"):
+            await made.ingestion.attach(None, store.id, Attachment(file, {}, Chunking(201, 0)))
+
+
+async def test_attaching_again_changes_nothing_or_indexes_anew_but_never_doubles(words: House) -> None:
+    store, (file,) = await words.store_of("one zebra")
+    before = await words.catalog.member(None, store, file)
+    assert await words.ingestion.attach(None, store, Attachment(file)) == before
+    again = await words.ingestion.attach(None, store, Attachment(file, {"k": "v"}))
+    assert again.status == "in_progress"
+    await words.indexed(store)
+    (hit,) = await words.searcher.search(None, [store], ["zebra"])
+    assert hit.attributes == {"k": "v"}
+
+
+async def test_attributes_can_be_changed(words: House) -> None:
+    store, (file,) = await words.store_of("one zebra", year=1999.0)
+    await words.ingestion.set_attributes(None, store, file, {"year": 2024.0})
+    newer = {"type": "gt", "key": "year", "value": 2000}
+    assert len(await words.searcher.search(None, [store], ["zebra"], filters=newer)) == 1
+    assert (await words.catalog.member(None, store, file)).attributes == {"year": 2024.0}
+
+
+async def test_a_deleted_file_is_gone_from_everywhere(words: House) -> None:
+    store, (one, two) = await words.store_of("first zebra", "second zebra")
+    other = await words.ingestion.create_store(None, attachments=[Attachment(one)])
+    await words.indexed(other.id)
+    await words.ingestion.delete_file(None, one)
+    assert await found(words, store, "zebra") == {two}
+    assert await found(words, other.id, "zebra") == set()
+    for gone in (words.catalog.file(None, one), words.catalog.member(None, store, one)):
+        with pytest.raises(NotFound):
+            await gone
+    with pytest.raises(NotFound):
+        await words.catalog.read_file(None, one, 0, 10)
+
+
+async def test_a_detached_file_stays_a_file(words: House) -> None:
+    store, (file,) = await words.store_of("one zebra")
+    await words.ingestion.detach(None, store, file)
+    assert await found(words, store, "zebra") == set()
+    assert await words.catalog.read_file(None, file, 4, 100) == b"zebra"
+
+
+async def test_a_deleted_store_is_gone_and_its_files_stay(words: House) -> None:
+    store, (file,) = await words.store_of("one zebra")
+    await words.ingestion.delete_store(None, store)
+    for gone in (words.catalog.store(None, store), found(words, store, "zebra")):
+        with pytest.raises(NotFound):
+            await gone
+    assert (await words.catalog.file(None, file)).id == file
+
+
+async def test_deleting_while_it_is_indexed_leaves_nothing(words: House) -> None:
+    texts = ["\n\n".join(f"zebra {i} in file {n}" for i in range(3000)) for n in range(6)]
+    files = [await words.upload(text) for text in texts]
+    store = await words.ingestion.create_store(None, attachments=[Attachment(f, {}, Chunking(100, 0)) for f in files])
+    gone = await words.ingestion.create_store(None, attachments=[Attachment(f) for f in files])
+    await words.ingestion.detach(None, store.id, files[0])
+    await words.ingestion.delete_file(None, files[1])
+    await words.ingestion.delete_store(None, gone.id)
+    members = await words.indexed(store.id)
+    assert {m.file_id for m in members} == set(files[2:])
+    rows = await words.reader.by_words(store.id, "zebra", None, 100_000)
+    assert {row.file_id for row in rows} == set(files[2:])
+    assert Counter((r.file_id, r.position) for r in rows).most_common(1)[0][1] == 1
+
+
+async def test_a_cancelled_batch_stops_where_it_is(tmp_path: Path) -> None:
+    hold = asyncio.Event()
+
+    async def slow_stub_embed(texts: Any) -> Any:
+        await hold.wait()
+        return await stub_embed(texts)
+
+    async with house(tmp_path, embed=slow_stub_embed) as made:
+        files = [await made.upload(f"zebra {i}") for i in range(5)]
+        store = await made.ingestion.create_store(None)
+        batch = await made.ingestion.attach_batch(None, store.id, [Attachment(f) for f in files])
+        assert (await made.ingestion.cancel_batch(None, store.id, batch.id)).cancelled
+        hold.set()
+        counts = (await made.catalog.batch(None, store.id, batch.id))[1]
+        assert (counts.cancelled, counts.total) == (5, 5)
+        again = await made.ingestion.attach(None, store.id, Attachment(files[0]))
+        assert again.status == "in_progress"
+        await made.indexed(store.id)
+        assert await found(made, store.id, "zebra") == {files[0]}
+
+
+async def test_an_embedding_model_that_is_away_delays_and_loses_nothing(tmp_path: Path) -> None:
+    calls = 0
+
+    async def flaky_stub_embed(texts: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls <= 2:
+            raise EngineUnavailable("no engine")
+        return await stub_embed(texts)
+
+    async with house(tmp_path, embed=flaky_stub_embed) as made:
+        store, (file,) = await made.store_of("one zebra")
+        assert await found(made, store, "zebra") == {file}
+
+
+async def test_a_text_the_embedding_model_refuses_fails_that_file_alone(tmp_path: Path) -> None:
+    async def picky_stub_embed(texts: Any) -> Any:
+        if any("poison" in text for text in texts):
+            raise BadRequest("no poison, please")
+        return await stub_embed(texts)
+
+    async with house(tmp_path, embed=picky_stub_embed) as made:
+        files = [await made.upload(text) for text in ("one zebra", "poison zebra", "two zebras")]
+        store = await made.ingestion.create_store(None, attachments=[Attachment(f) for f in files])
+        members = {m.file_id: m for m in await made.indexed(store.id)}
+        assert members[files[1]].error_message == "no poison, please"
+        assert await found(made, store.id, "zebra") == {files[0], files[2]}
+
+
+async def test_a_commit_that_fails_halfway_is_repeated_without_doubling(
+    words: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = words.writer.put, []
+
+    async def put(table: Any, records: Any) -> None:
+        if table is MEMBERS and any(r.status == "completed" for r in records) and len(failed) < 2:
+            failed.append(1)
+            raise OSError("disk full")
+        await real(table, records)
+
+    monkeypatch.setattr(words.writer, "put", put)
+    store, (file,) = await words.store_of("\n\n".join(f"zebra {i}" for i in range(5000)))
+    assert failed == [1, 1]
+    rows = await words.reader.by_words(store, "zebra", None, 100_000)
+    positions = Counter(row.position for row in rows)
+    assert set(positions.values()) == {1}
+    assert len(positions) == len(await words.reader.chunks(store, file))
+
+
+async def test_what_belongs_to_another_is_not_there(words: House) -> None:
+    store, (file,) = await words.store_of("my zebra", owner="me")
+    mine = await words.upload("another zebra", owner="you")
+    for attempt in (
+        words.ingestion.attach("you", store, Attachment(mine)),
+        words.ingestion.attach("me", store, Attachment(mine)),
+        words.ingestion.delete_file("you", file),
+        words.ingestion.delete_file(None, file),
+        words.ingestion.delete_store("you", store),
+        words.ingestion.update_store(None, store, {"name": "x"}),
+        words.ingestion.detach("you", store, file),
+        words.catalog.file("you", file),
+        words.catalog.store("you", store),
+        words.catalog.members("you", store, PageRequest()),
+        words.catalog.text("you", store, file),
+        words.searcher.search("you", [store], ["zebra"]),
+    ):
+        with pytest.raises(NotFound):
+            await attempt
+    assert (await words.catalog.files("you", PageRequest())).data[0].id == mine
+    assert (await words.catalog.stores("you", PageRequest())).data == []
+
+
+async def test_a_store_can_be_changed(words: House) -> None:
+    store = await words.ingestion.create_store(None, "old", metadata={"a": "b"}, expires_after_days=3)
+    assert store.expires_at == int(words.clock.now) + 3 * 86400
+    changed = await words.ingestion.update_store(None, store.id, {"name": "new", "expires_after_days": None})
+    assert (changed.name, changed.expires_at, changed.metadata) == ("new", None, {"a": "b"})
+    assert (await words.catalog.store(None, store.id))[0] == changed
+
+
+async def test_an_unused_store_expires_and_a_used_one_does_not(tmp_path: Path) -> None:
+    async with house(tmp_path) as made:
+        (used, _), (unused, _) = [await made.store_of("a zebra") for _ in range(2)]
+        for store in (used, unused):
+            await made.ingestion.update_store(None, store, {"expires_after_days": 1})
+        made.clock.now += 80_000
+        await found(made, used, "zebra")
+        await asyncio.gather(*made.searcher._touching)
+        made.clock.now += 20_000
+        await made.ingestion._expire()
+        assert len(await found(made, used, "zebra")) == 1
+        assert (await made.catalog.store(None, unused))[0].state == "expired"
+        with pytest.raises(BadRequest, match="expired"):
+            await found(made, unused, "zebra")
+
+
+async def test_files_expire(words: House) -> None:
+    file_id = await words.ingestion.begin_upload(None)
+    await words.ingestion.finish_upload(file_id, "a.txt", "assistants", expires_after_s=3600)
+    words.clock.now += 3601
+    await words.ingestion._expire()
+    with pytest.raises(NotFound):
+        await words.catalog.file(None, file_id)
+
+
+async def test_uploads_are_bounded_and_must_come_in_order(tmp_path: Path) -> None:
+    async with house(tmp_path, max_open_uploads=2) as made:
+        first = await made.ingestion.begin_upload(None)
+        second = await made.ingestion.begin_upload(None)
+        with pytest.raises(Overloaded):
+            await made.ingestion.begin_upload(None)
+        with pytest.raises(DocumentsUnavailable):
+            await made.ingestion.upload(first, 5, b"later")
+        await made.ingestion.abort_upload(second)
+        with pytest.raises(DocumentsUnavailable):
+            await made.ingestion.finish_upload(second, "a", "assistants")
+        await made.ingestion.begin_upload(None)
+        assert (await made.catalog.files(None, PageRequest())).data == []
+
+
+async def test_a_store_of_another_embedding_model_is_refused_clearly(tmp_path: Path) -> None:
+    async with house(tmp_path, embed=stub_embed) as made:
+        store, (file,) = await made.store_of("one zebra")
+    async with house(tmp_path) as made:
+        for refused in (found(made, store, "zebra"), made.ingestion.attach(None, store, Attachment(file))):
+            with pytest.raises(BadRequest, match="embedding model 'stub'"):
+                await refused
+
+
+async def test_unfinished_deletions_are_finished_at_the_next_start(tmp_path: Path) -> None:
+    async with house(tmp_path) as made:
+        store, (one, two, three) = await made.store_of("zebra one", "zebra two", "zebra three")
+        gone, _ = await made.store_of("zebra")
+        await made.ingestion.begin_upload(None)
+        await made.writer.mark_deleting(FILES, f"id = '{one}'")
+        await made.writer.mark_deleting(MEMBERS, f"file_id = '{two}'")
+        await made.writer.mark_deleting(STORES, f"id = '{gone}'")
+    async with house(tmp_path) as made:
+        assert await found(made, store, "zebra") == {three}
+        assert len(list((tmp_path / "files").iterdir())) == 3
+        assert not (tmp_path / "tables" / f"chunks_{gone}.lance").exists()
+
+
+INDEXER = """
+import asyncio, sys
+from pathlib import Path
+from tests.unit.house import house
+
+async def main():
+    async with house(Path(sys.argv[1])):
+        print("up", flush=True)
+        await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+async def test_after_kill_9_halfway_work_goes_on_and_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    n = 120
+    async with house(tmp_path, start=False) as made:
+        files = [await made.upload("\n\n".join(f"zebra {i} of {f}" for i in range(300))) for f in range(n)]
+        store = await made.ingestion.create_store(None)
+        attachments = [Attachment(f, {}, Chunking(100, 0)) for f in files]
+        batch = await made.ingestion.attach_batch(None, store.id, attachments)
+        for _ in range(2):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                INDEXER,
+                str(tmp_path),
+                stdout=asyncio.subprocess.PIPE,
+                cwd=Path(__file__).parents[2],
+            )
+            done = (await made.catalog.store(None, store.id))[1].completed
+            async with asyncio.timeout(120):
+                while (await made.catalog.store(None, store.id))[1].completed <= done:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+            assert (await made.catalog.store(None, store.id))[1].in_progress > 0
+    async with house(tmp_path) as made:
+        members = await made.indexed(store.id)
+        assert Counter(m.status for m in members) == {"completed": n}
+        assert {m.file_id for m in members} == set(files)
+        table = await made.reader._chunks(store.id)
+        rows = await table.query().select(["file_id", "position"]).to_list()
+        counted = Counter((row["file_id"], row["position"]) for row in rows)
+        assert set(counted.values()) == {1}
+        per_file = Counter(file_id for file_id, _ in counted)
+        assert set(per_file) == set(files)
+        for file_id in files[::10]:
+            assert "".join(await made.catalog.text(None, store.id, file_id)).count("zebra") == 300
+        assert (await made.catalog.batch(None, store.id, batch.id))[1].completed == n

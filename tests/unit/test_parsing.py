@@ -1,0 +1,126 @@
+"""Files into text, and files that are not what they say."""
+
+from __future__ import annotations
+
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from deployments.retrieval.parsing import Unreadable, html_text, text_of
+from tests.unit.documents import docx, pdf, zip_bomb
+
+
+def read(path: Path, data: bytes, name: str, max_chars: int = 100_000) -> str:
+    file = path / "upload"
+    file.write_bytes(data)
+    return text_of(file, name, max_chars=max_chars)
+
+
+def refusal(path: Path, data: bytes, name: str, max_chars: int = 100_000) -> Unreadable:
+    with pytest.raises(Unreadable) as refused:
+        read(path, data, name, max_chars)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"plain \xc3\xbc", "plain ü"),
+        (b"\xef\xbb\xbfmarked", "marked"),
+        ("sixteen ü".encode("utf-16"), "sixteen ü"),
+        ("thirty-two ü".encode("utf-32"), "thirty-two ü"),
+        (b"caf\xe9 in one byte a character", "café in one byte a character"),
+        (b"one\r\ntwo\rthree", "one\ntwo\nthree"),
+    ],
+)
+def test_text_is_read_whatever_its_encoding(tmp_path: Path, data: bytes, text: str) -> None:
+    assert read(tmp_path, data, "a.txt") == text
+
+
+def test_markdown_stays_as_it_is(tmp_path: Path) -> None:
+    assert read(tmp_path, b"# Head\n\n- one\n", "a.md") == "# Head\n\n- one\n"
+
+
+def test_html_is_what_a_reader_reads(tmp_path: Path) -> None:
+    page = b"""<!doctype html><html><head><title>T</title><style>p {x: y}</style></head><body>
+      <h1>Fish &amp; chips</h1><p>One <b>bold</b>
+      line.<script>alert("no")</script></p><ul><li>salt<li>vinegar</ul>
+      <table><tr><th>a<th>b<tr><td>1<td>2</table><pre>x
+  y</pre></body></html>"""
+    text = read(tmp_path, page, "page.bin")
+    assert text.startswith("# Fish & chips\n\nOne bold line.\n\n- salt\n- vinegar\n\n")
+    assert "a | b\n1 | 2" in text
+    assert "alert" not in text
+    assert "{" not in text
+
+
+def test_broken_html_loses_no_text() -> None:
+    assert html_text("<p>one<div><script>x</script>two</p></div></b><li>three <").split() == [
+        "one",
+        "two",
+        "-",
+        "three",
+        "<",
+    ]
+
+
+def test_pdf_text_is_read_page_by_page(tmp_path: Path) -> None:
+    assert read(tmp_path, pdf(["First page.", "Second page."]), "a.pdf") == "First page.\n\nSecond page.\n\n"
+
+
+def test_docx_headings_lists_and_tables_are_read_in_any_language(tmp_path: Path) -> None:
+    data = docx([("berschrift1", "Titel"), ("", "Ein Absatz."), ("list", "Punkt")], [["a", "b"], ["1", "2"]])
+    assert read(tmp_path, data, "a.docx") == "# Titel\n\nEin Absatz.\n\n- Punkt\na | b\n1 | 2\n\n"
+
+
+def test_content_decides_over_the_name(tmp_path: Path) -> None:
+    assert read(tmp_path, pdf(["Hello."]), "notes.txt") == "Hello.\n\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "code", "word"),
+    [
+        (b"", "a.txt", "invalid_file", "empty"),
+        (b" \n ", "a.txt", "invalid_file", "no text"),
+        (b"just text", "a.pdf", "invalid_file", "not a PDF"),
+        (b"%PDF-1.7\nnothing more", "a.pdf", "invalid_file", "damaged"),
+        (b"just text", "a.docx", "invalid_file", "damaged"),
+        (b"PK\x03\x04 broken", "a.docx", "invalid_file", "damaged"),
+        (random.Random(1).randbytes(5000), "a.txt", "unsupported_file", "binary"),
+        (b"\x89PNG\r\n\x1a\n", "a.png", "unsupported_file", "PNG"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1....", "a.doc", "unsupported_file", "save it as .docx"),
+        ("Это русский текст".encode("cp1251"), "a.txt", "unsupported_file", "UTF-8"),
+        (pdf([""]), "scan.pdf", "invalid_file", "no text"),
+        (b"x" * 200_000, "a.txt", "invalid_file", "100,000 characters"),
+        (b"x" * 500_000, "a.txt", "invalid_file", "100,000 characters"),
+        (pdf(["word " * 30_000]), "a.pdf", "invalid_file", "100,000 characters"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_a_reason(
+    tmp_path: Path, data: bytes, name: str, code: str, word: str
+) -> None:
+    refused = refusal(tmp_path, data, name)
+    assert refused.code == code
+    assert word in refused.message
+
+
+def test_an_archive_that_is_not_a_docx_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("xl/workbook.xml", "<x/>")
+    assert refusal(tmp_path, (tmp_path / "a.zip").read_bytes(), "a.xlsx").code == "unsupported_file"
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    refused = refusal(tmp_path, zip_bomb(300 * 2**20), "bomb.docx")
+    assert refused.code == "invalid_file"
+    assert "unpacks to" in refused.message
+
+
+def test_an_entity_bomb_is_refused(tmp_path: Path) -> None:
+    entities = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(1, 12))
+    body = f'<!DOCTYPE d [<!ENTITY e0 "{"x" * 100}">{entities}]><w:p xmlns:w="w"><w:t>&e11;</w:t></w:p>'
+    with zipfile.ZipFile(tmp_path / "a.docx", "w") as archive:
+        archive.writestr("word/document.xml", body)
+    assert refusal(tmp_path, (tmp_path / "a.docx").read_bytes(), "a.docx").code == "invalid_file"
