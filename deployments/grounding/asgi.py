@@ -27,15 +27,15 @@ from deployments.grounding.file_search import (
     Answering,
     Body,
     FileSearch,
-    Found,
     Retriever,
     query_of,
     take_tool,
     text_of,
     tokens_besides_passages,
 )
-from deployments.grounding.layout import Layout, lay_out
+from deployments.grounding.layout import Layout, Passage, lay_out
 from deployments.grounding.sse import EventSplitter
+from deployments.retrieval.records import Hit
 
 logger = logging.getLogger("ray.serve.groundswell.grounding")
 
@@ -188,12 +188,12 @@ class GroundedApp:
         logger.info("%s: %d passages found, %d in the prompt", self._limits.model, len(found), len(layout.ids))
         return dataclasses.replace(answering, found=found, cited_as=layout.ids)
 
-    def _lay_out(self, api: Api, body: Body, messages: list[Body], found: Sequence[Found]) -> Layout:
+    def _lay_out(self, api: Api, body: Body, messages: list[Body], found: Sequence[Hit]) -> Layout:
         limits, config = self._limits, self._config
         context = limits.max_model_len
         answer = api.output_tokens(body) or min(config.output_reserve_tokens, context // 4)
         room = context - answer - tokens_besides_passages(messages, body.get("tools"), limits.count_tokens)
-        passages = [each.passage for each in found]
+        passages = [Passage(hit.file_id, hit.filename, hit.position, hit.text, hit.score) for hit in found]
         layout = lay_out(messages, passages, min(room, config.max_passage_tokens), limits.count_tokens)
         if passages and not layout.ids:
             raise BadRequest(
@@ -202,7 +202,7 @@ class GroundedApp:
             )
         return layout
 
-    async def _search(self, search: FileSearch, query: str, receive: Receive) -> Sequence[Found] | None:
+    async def _search(self, search: FileSearch, query: str, receive: Receive) -> Sequence[Hit] | None:
         """Return what was found; None where the answer may do without.
 
         Raises:
@@ -214,11 +214,12 @@ class GroundedApp:
             raise BadRequest("`file_search` needs documents, and this server is not set up for any.", param="tools")
         outcome, started = "failed", self._clock()
         asked = self._retriever.search(
+            None,
             search.vector_store_ids,
-            query,
-            max_num_results=search.max_num_results or self._config.max_num_results,
+            [query],
+            max_results=search.max_num_results or self._config.max_num_results,
             filters=search.filters,
-            ranking_options=search.ranking_options,
+            ranking=search.ranking(),
         )
         try:
             async with asyncio.timeout(self._config.search_timeout_s):

@@ -15,6 +15,7 @@ import msgspec
 from deployments.errors import BadRequest
 from deployments.grounding.citations import Citation
 from deployments.grounding.layout import INSTRUCTIONS, Passage
+from deployments.retrieval.records import Hit, Ranking
 
 Body = dict[str, Any]
 
@@ -32,8 +33,8 @@ _Weight = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class HybridSearch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    embedding_weight: _Weight
-    text_weight: _Weight
+    embedding_weight: _Weight = 1.0
+    text_weight: _Weight = 1.0
 
 
 class RankingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,34 +58,35 @@ class FileSearch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranking_options: RankingOptions | None = None
     allow_without_documents: bool | None = None
 
-
-@dataclass(frozen=True)
-class Found:
-    """One passage a search has found, with the attributes of its file."""
-
-    passage: Passage
-    attributes: Mapping[str, str | float | bool] = field(default_factory=dict)
+    def ranking(self) -> Ranking:
+        """Return how results are put in order."""
+        options = self.ranking_options or RankingOptions()
+        hybrid = options.hybrid_search or HybridSearch()
+        return Ranking(
+            options.ranker or "auto", options.score_threshold or 0.0, hybrid.embedding_weight, hybrid.text_weight
+        )
 
 
 class Retriever(Protocol):
-    """Searches documents. Late answers are cancelled by the caller.
-
-    Raises, from `search`:
-        NotFound: A vector store does not exist.
-        BadRequest: The filters make no sense.
-        Any other error: It is down.
-    """
+    """What grounding needs of the Retriever; see `retrieval.search.Searcher.search`. Late calls are cancelled."""
 
     async def search(
         self,
-        vector_store_ids: Sequence[str],
-        query: str,
+        owner: str | None,
+        store_ids: Sequence[str],
+        queries: Sequence[str],
         *,
-        max_num_results: int,
-        filters: Mapping[str, Any] | None,
-        ranking_options: RankingOptions | None,
-    ) -> Sequence[Found]:
-        """Return passages, best first."""
+        max_results: int,
+        filters: Any,
+        ranking: Ranking,
+    ) -> Sequence[Hit]:
+        """Return passages, best first.
+
+        Raises:
+            NotFound: A vector store does not exist.
+            BadRequest: Filters or ranking make no sense.
+            Exception: Any other: the Retriever is down.
+        """
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Answering:
     id: str = ""
     query: str = ""
     status: str = COMPLETED
-    found: Sequence[Found] = ()
+    found: Sequence[Hit] = ()
     cited_as: Mapping[str, Passage] = field(default_factory=dict)
     tool: Any = None
     tool_index: int = 0
@@ -146,13 +148,13 @@ class Answering:
         """Return what was found, as a `file_search_call` item has it."""
         return [
             {
-                "file_id": found.passage.file_id,
-                "filename": found.passage.filename,
-                "score": found.passage.score,
-                "text": found.passage.text,
-                "attributes": dict(found.attributes),
+                "file_id": hit.file_id,
+                "filename": hit.filename,
+                "score": hit.score,
+                "text": hit.text,
+                "attributes": dict(hit.attributes),
             }
-            for found in self.found
+            for hit in self.found
         ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -20,9 +20,9 @@ pytest.importorskip("vllm")
 from deployments.config import AssistantConfig, GroundingConfig
 from deployments.dispatch import App, Dispatcher, Message
 from deployments.grounding.asgi import GroundedApp, Limits
-from deployments.grounding.file_search import Found, RankingOptions
 from deployments.grounding.layout import Passage, passage_id
 from deployments.metrics import NoMetrics
+from deployments.retrieval.records import Hit, Ranking
 from deployments.seam.engine_client import FleetClient
 from deployments.seam.frontend import token_counter
 from tests.unit.recording import LIMIT_S
@@ -30,10 +30,16 @@ from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+
+def hit(passage: Passage, **attributes: Any) -> Hit:
+    place = (passage.text, passage.position, 0, len(passage.text))
+    return Hit("vs_1", passage.file_id, passage.filename, passage.score, *place, attributes)
+
+
 TIDES = Passage("file-1", "tides.md", 0, "The tide turns twice a day.", 0.9)
 STORMS = Passage("file-2", "storms.md", 0, "Storms raise the sea.", 0.5)
 A, B = passage_id(TIDES), passage_id(STORMS)
-FOUND = [Found(TIDES, {"year": 2024.0}), Found(STORMS)]
+FOUND = [hit(TIDES, year=2024.0), hit(STORMS)]
 SAID = f"It turns twice a day [{A}]. Storms raise it [{B}] [{A}], says [z9z9]. "
 CLEAN = "It turns twice a day. Storms raise it, says [z9z9]. "
 CITED = [("file-1", "tides.md", 20), ("file-2", "storms.md", 37), ("file-1", "tides.md", 37)]
@@ -51,13 +57,14 @@ class StubRetriever:
 
     async def search(
         self,
-        vector_store_ids: Sequence[str],
-        query: str,
+        owner: str | None,
+        store_ids: Sequence[str],
+        queries: Sequence[str],
         *,
-        max_num_results: int,
-        filters: Mapping[str, Any] | None,
-        ranking_options: RankingOptions | None,
-    ) -> Sequence[Found]:
+        max_results: int,
+        filters: Any,
+        ranking: Ranking,
+    ) -> Sequence[Hit]:
         if self.error is not None:
             raise self.error
         return FOUND

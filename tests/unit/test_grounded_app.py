@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ from deployments.config import AssistantConfig, GroundingConfig
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
 from deployments.errors import BadRequest, EngineUnavailable, NotFound, Overloaded
 from deployments.grounding.asgi import GroundedApp, Limits
-from deployments.grounding.file_search import Found, RankingOptions
 from deployments.grounding.layout import INSTRUCTIONS, Passage, passage_id
+from deployments.retrieval.records import Hit, Ranking
 from tests.unit.recording import LIMIT_S, Recorder
 
 pytestmark = pytest.mark.asyncio
@@ -25,12 +25,17 @@ PASSAGE = Passage("file-1", "tides.md", 0, "The tide turns twice a day.", 0.9)
 ID = passage_id(PASSAGE)
 
 
+def hit(passage: Passage, **attributes: Any) -> Hit:
+    place = (passage.text, passage.position, 0, len(passage.text))
+    return Hit("vs_1", passage.file_id, passage.filename, passage.score, *place, attributes)
+
+
 class StubRetriever:
     """A stub Retriever: finds what it was given, or fails as it was told."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.found: Sequence[Found] = [Found(PASSAGE, {"year": 2024.0})]
+        self.found: Sequence[Hit] = [hit(PASSAGE, year=2024.0)]
         self.error: Exception | None = None
         self.hangs = False
         self.began = asyncio.Event()
@@ -38,16 +43,15 @@ class StubRetriever:
 
     async def search(
         self,
-        vector_store_ids: Sequence[str],
-        query: str,
+        owner: str | None,
+        store_ids: Sequence[str],
+        queries: Sequence[str],
         *,
-        max_num_results: int,
-        filters: Mapping[str, Any] | None,
-        ranking_options: RankingOptions | None,
-    ) -> Sequence[Found]:
-        self.asked.append(
-            {"stores": list(vector_store_ids), "query": query, "max": max_num_results, "filters": filters}
-        )
+        max_results: int,
+        filters: Any,
+        ranking: Ranking,
+    ) -> Sequence[Hit]:
+        self.asked.append({"stores": list(store_ids), "query": queries[0], "max": max_results, "filters": filters})
         self.began.set()
         if self.error is not None:
             raise self.error
@@ -309,7 +313,7 @@ async def test_a_search_that_finds_nothing_is_no_failure() -> None:
 async def test_passages_take_the_room_that_prompt_and_answer_leave() -> None:
     house = House()
     texts = [f"{i}" + " word" * 400 for i in range(9)]
-    house.retriever.found = [Found(Passage("f", "f.md", i, text, 1 - i / 10)) for i, text in enumerate(texts)]
+    house.retriever.found = [hit(Passage("f", "f.md", i, text, 1 - i / 10)) for i, text in enumerate(texts)]
     await house.ask(question(max_tokens=2000))
     prompt = house.app.asked["messages"][-1]["content"]
     assert [text in prompt for text in texts] == [True] * 3 + [False] * 6
