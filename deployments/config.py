@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deployments.errors import ConfigError
 
 ROUTER_NAME: Final = "Router"
+INDEXER_NAME: Final = "Indexer"
+RETRIEVER_NAME: Final = "Retriever"
 
 
 class _Frozen(BaseModel):

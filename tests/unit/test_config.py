@@ -26,6 +26,9 @@ def test_a_minimal_config_is_enough() -> None:
         ({"models": [MODEL], "ruoter": {}}, "ruoter"),
         ({"models": [MODEL, MODEL]}, "two models share the name 'm'"),
         ({"models": [MODEL], "router": {"max_body_bytes": -1}}, "max_body_bytes"),
+        ({"models": [MODEL], "documents": {}}, "documents.uri"),
+        ({"models": [MODEL], "documents": {"uri": "s", "embedding_model": "x"}}, "embedding_model is 'x'"),
+        ({"models": [MODEL], "documents": {"uri": "s", "chunk_overlap_tokens": 401}}, "at most half"),
     ],
 )
 def test_a_mistake_is_named(args: dict[str, Any], word: str) -> None:

@@ -18,10 +18,18 @@ PURE = (
     "deployments.fleet.admission",
     "deployments.fleet.channel",
     "deployments.fleet.client",
+    "deployments.outcomes",
+    "deployments.serve_calls",
+    "deployments.indexer",
+    "deployments.retriever",
+    "deployments.retrieval.api",
     "deployments.retrieval.chunking",
+    "deployments.retrieval.child",
     "deployments.retrieval.filters",
     "deployments.retrieval.fusion",
+    "deployments.retrieval.ingestion",
     "deployments.retrieval.records",
+    "deployments.retrieval.search",
 )
 
 
