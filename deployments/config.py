@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deployments.errors import ConfigError
 
 ROUTER_NAME: Final = "Router"
+INDEXER_NAME: Final = "Indexer"
+RETRIEVER_NAME: Final = "Retriever"
 
 
 class _Frozen(BaseModel):
@@ -194,6 +196,12 @@ class AppConfig(_Frozen):
             if assistant.name in taken:
                 raise ConfigError(f"assistants: the name {assistant.name!r} is taken")
             taken.add(assistant.name)
+
+    @model_validator(mode="after")
+    def _assistants_have_documents(self) -> AppConfig:
+        if self.assistants and self.documents is None:
+            raise ValueError("assistants answer from documents, and there are none without `documents`")
+        return self
 
     @model_validator(mode="after")
     def _documents_name_models(self) -> AppConfig:

@@ -64,6 +64,7 @@ class Dispatcher:
         names: All names clients may use, for messages.
         model_paths: Paths that belong to a model.
         own: The Router's own GET paths.
+        mounted: Apps of their own, by the prefix of their paths; they read their bodies themselves.
         count: Called with path and status of each finished request.
     """
 
@@ -75,12 +76,14 @@ class Dispatcher:
         own: Mapping[str, Answer],
         *,
         max_body_bytes: int,
+        mounted: Mapping[str, App] | None = None,
         count: Callable[[str, int], None] = lambda path, status: None,
     ) -> None:
         self._resolve = resolve
         self._names = list(names)
         self._model_paths = frozenset(model_paths)
         self._own = own
+        self._mounted = mounted or {}
         self._max_body_bytes = max_body_bytes
         self._count = count
         self._decoder = msgspec.json.Decoder(_Peek)
@@ -118,7 +121,7 @@ class Dispatcher:
             opaque = PublicError("The server had an internal error.")
             await _respond(watched, opaque.status, json.dumps(opaque.body()).encode())
         finally:
-            known = path if path in self._model_paths or path in self._own else "other"
+            known = path if path in self._model_paths or path in self._own else self._prefix(path) or "other"
             self._count(known, status)
             logger.info(
                 "%s %r %s %.0f ms", scope["method"], path, status or "aborted", 1000 * (time.perf_counter() - started)
@@ -131,6 +134,9 @@ class Dispatcher:
                 raise MethodNotAllowed(f"{path} takes GET.")
             code, content_type, body = await own()
             return await _respond(send, code, b"" if method == "HEAD" else body, content_type=content_type)
+        if (prefix := self._prefix(path)) is not None:
+            with request_scope():
+                return await self._mounted[prefix](scope, receive, send)
         for prefix, feature in _REFUSED_PATHS:
             if path.startswith(prefix):
                 raise NotSupportedByFleet(f"{feature} would live in one engine, and a fleet has many.")
@@ -146,6 +152,9 @@ class Dispatcher:
         app = await self._choose(body)
         with request_scope():
             await app(scope, replay(body, receive), send)
+
+    def _prefix(self, path: str) -> str | None:
+        return next((p for p in self._mounted if path == p or path.startswith(p + "/")), None)
 
     async def _choose(self, body: bytes) -> App:
         peek = self._peek(body)

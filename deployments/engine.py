@@ -17,8 +17,11 @@ from deployments import messages as m
 from deployments.config import FleetConfig, ModelConfig
 from deployments.fleet.channel import ChannelError, EngineEnd, Link, Metrics
 from deployments.metrics import RayMetrics
+from deployments.outcomes import Refusal, outcome_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
 logger = logging.getLogger("ray.serve.groundswell.engine")
@@ -112,6 +115,7 @@ class Engine:
 
         logs.join_serves()
         from deployments.seam.args import parse_args
+        from deployments.seam.pooling import Pooling
         from deployments.seam.token_engine import TokenEngine
         from deployments.seam.wire import Codec
 
@@ -125,6 +129,7 @@ class Engine:
         logger.info("Loading model %s (%s)", model.name, model.engine_args["model"])
         args = parse_args(model.name, model.engine_args, model.frontend_args)
         self._llm = await TokenEngine.start(args, num_gpus=num_gpus, on_step=self._flush)
+        self._pooling = Pooling(self._llm, args)
         self._channel = EngineEnd(fleet, self._replica, beat=self._beat, on_abort=self._on_abort, metrics=self._metrics)
         self._watch = asyncio.get_running_loop().create_task(self._exit_with_engine_core())
         logger.info("Model %s is ready", model.name)
@@ -174,6 +179,14 @@ class Engine:
             self._metrics.inc("engine_executions", model=self._model.name, outcome=outcome)
             if outcome != m.FINISHED:
                 await asyncio.shield(self._llm.abort(ids))
+
+    async def embed(self, texts: list[str]) -> npt.NDArray[np.float32] | Refusal:
+        """Return one vector a row, or why not. A plain call, for other deployments of the app."""
+        return await outcome_of(self._pooling.embed(texts))
+
+    async def score(self, query: str, texts: list[str]) -> list[float] | Refusal:
+        """Return how well each text answers the query (0 to 1), or why not. Likewise."""
+        return await outcome_of(self._pooling.score(query, texts))
 
     def _flush(self) -> None:
         """Send what this engine step produced: one message to each Router that has a stream in it."""

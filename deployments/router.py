@@ -9,7 +9,7 @@ import os
 import random
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from deployments import messages as m
 from deployments.config import AppConfig, ModelConfig
@@ -21,10 +21,13 @@ from deployments.fleet.replica_watch import watch
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.file_search import Retriever
 from deployments.metrics import RayMetrics
+from deployments.serve_calls import Calls
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve.handle import DeploymentHandle
+
+    from deployments.retrieval.api import IndexerApi, RetrieverApi
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -38,13 +41,19 @@ class Router:
     Args:
         config: The whole app's configuration.
         engines: Handles to the Engine deployments, by model name.
+        documents: Handles to the Indexer and the Retriever, where there is a document store.
     """
 
-    def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle]) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        engines: dict[str, DeploymentHandle],
+        documents: tuple[DeploymentHandle, DeploymentHandle] | None = None,
+    ) -> None:
         # With vLLM's CUDA build on a node without a GPU, this is what makes a Router start.
         os.environ["VLLM_TARGET_DEVICE"] = "cpu"
         os.environ.update(config.router.env)
-        self._config, self._engines = config, engines
+        self._config, self._engines, self._documents = config, engines, documents
         self._metrics = RayMetrics()
         self._models: list[_Model] = []
 
@@ -71,7 +80,7 @@ class Router:
         by_name = {name: model for model in self._models for name in model.names}
 
         # Documents: in front of every model's app stands one that answers from them, where that is asked for.
-        retriever: Retriever | None = None
+        retriever: Retriever | None = self._retriever()
         assistants = {assistant.name: assistant for assistant in self._config.assistants}
 
         async def resolve(name: str) -> App | None:
@@ -94,8 +103,30 @@ class Router:
                 "/metrics": _node_metrics,
             },
             max_body_bytes=self._config.router.max_body_bytes,
+            mounted=self._mounted(),
             count=lambda path, status: self._metrics.inc("router_http_requests", path=path, status=str(status)),
         )
+
+    def _retriever(self) -> Any:
+        """Return the Retriever, as those who ask it call it; None without a document store."""
+        if self._config.documents is None or self._documents is None:
+            return None
+        timeout_s = self._config.documents.search_timeout_s + 1
+        return Calls(self._documents[1], "The Retriever", timeout_s=timeout_s)
+
+    def _mounted(self) -> dict[str, App]:
+        if self._config.documents is None or self._documents is None:
+            return {}
+        from deployments.retrieval.api import PREFIXES, documents_app
+
+        config = self._config.documents
+        app: Any = documents_app(
+            cast("IndexerApi", Calls(self._documents[0], "The Indexer", timeout_s=config.write_timeout_s)),
+            cast("RetrieverApi", self._retriever()),
+            config,
+            max_body_bytes=self._config.router.max_body_bytes,
+        )
+        return dict.fromkeys(PREFIXES, app)
 
     async def _health(self) -> tuple[int, str, bytes]:
         """Ready when every model has an engine, or may have none; otherwise 503 that names what is missing."""

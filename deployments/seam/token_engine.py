@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import psutil
+from vllm import PoolingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -168,6 +169,29 @@ class TokenEngine:
         self._llm._run_output_handler()
         await self._llm._add_request(request, None, None, 0, sink)
 
+    async def pooling_request(self, request_id: str, prompt: Any, params: PoolingParams) -> EngineCoreRequest:
+        """Return a request for a text, or for a prompt that has been rendered; what is too long is cut off.
+
+        Raises:
+            VLLMClientError: The prompt is at fault.
+        """
+        processor, tasks = self._llm.input_processor, await self.supported_tasks()
+        if isinstance(prompt, dict):
+            return processor.process_inputs(request_id, prompt, params, tasks)
+        cut = {"truncate_prompt_tokens": -1}
+        return await processor.process_inputs_async(request_id, prompt, params, tasks, tokenization_kwargs=cut)
+
+    async def supported_tasks(self) -> tuple[str, ...]:
+        return tuple(await self._llm.get_supported_tasks())
+
+    @property
+    def vllm_config(self) -> Any:
+        return self._llm.vllm_config
+
+    @property
+    def renderer(self) -> Any:
+        return self._llm.renderer
+
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Forget requests, and free their place in the batch."""
         known = [i for i in request_ids if self._outputs.has_request(i)]
@@ -197,7 +221,7 @@ class TokenEngine:
         return {
             "max_model_len": config.model_config.max_model_len,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
-            "supported_tasks": tuple(await self._llm.get_supported_tasks()),
+            "supported_tasks": await self.supported_tasks(),
             "num_gpu_blocks": config.cache_config.num_gpu_blocks or 0,
             "engine_pids": tuple(child.pid for child in psutil.Process().children(recursive=True)),
         }

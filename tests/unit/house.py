@@ -86,14 +86,15 @@ class House:
 
 
 @asynccontextmanager
-async def house(uri: Path, *, embed: Any = None, start: bool = True, **options: Any) -> AsyncIterator[House]:
+async def house(uri: Path | str, *, embed: Any = None, start: bool = True, **options: Any) -> AsyncIterator[House]:
     """Run one over `uri`; `options` are those of `DocumentsConfig`, `score`, `touch` and `max_chunk_tokens`."""
     own = {key: options.pop(key, None) for key in ("score", "touch", "max_chunk_tokens")}
     config = DocumentsConfig(uri=str(uri), embedding_model="stub" if embed else None, **options)
     metrics, clock = NoMetrics(), Clock()
-    writer = await Writer.claim(str(uri), {}, cache_bytes=2**24, language="English", metrics=metrics)
-    reader = await Reader.open(str(uri), {}, cache_bytes=2**24)
-    blobs = Blobs(str(uri), {})
+    place = (str(uri), config.storage_options)
+    writer = await Writer.claim(*place, cache_bytes=2**24, language="English", metrics=metrics)
+    reader = await Reader.open(*place, cache_bytes=2**24)
+    blobs = Blobs(*place)
     sandbox = Sandbox(
         workers=config.parse_workers,
         memory_bytes=config.parse_memory_bytes,
@@ -113,7 +114,7 @@ async def house(uri: Path, *, embed: Any = None, start: bool = True, **options: 
         max_chunk_tokens=own["max_chunk_tokens"],
         clock=clock,
     )
-    readers = await Reader.open(str(uri), {}, cache_bytes=2**24)
+    readers = await Reader.open(*place, cache_bytes=2**24)
     searcher = Searcher(
         config, readers, metrics, embed=embed, score=own["score"], touch=own["touch"] or ingestion.touch, clock=clock
     )

@@ -9,6 +9,7 @@ import pytest
 from deployments.config import AppConfig, merged
 from deployments.errors import ConfigError
 
+ASSISTANT = {"name": "a", "model": "alias", "vector_store_ids": ["vs_1"]}
 MODEL = {"name": "m", "engine_args": {"model": "./m"}}
 
 
@@ -27,6 +28,10 @@ def test_a_minimal_config_is_enough() -> None:
         ({"models": [MODEL, MODEL]}, "two models share the name 'm'"),
         ({"models": [MODEL], "router": {"max_body_bytes": -1}}, "max_body_bytes"),
         ({"models": [MODEL], "assistants": [{"name": "a", "model": "m", "vector_store_ids": []}]}, "vector_store_ids"),
+        ({"models": [MODEL], "assistants": [ASSISTANT]}, "none without `documents`"),
+        ({"models": [MODEL], "documents": {}}, "documents.uri"),
+        ({"models": [MODEL], "documents": {"uri": "s", "embedding_model": "x"}}, "embedding_model is 'x'"),
+        ({"models": [MODEL], "documents": {"uri": "s", "chunk_overlap_tokens": 401}}, "at most half"),
     ],
 )
 def test_a_mistake_is_named(args: dict[str, Any], word: str) -> None:
@@ -54,11 +59,12 @@ def test_overrides_merge_key_by_key() -> None:
 )
 def test_an_assistant_needs_a_model_and_a_name_of_its_own(names: list[str], model: str, word: str) -> None:
     assistants = [{"name": name, "model": model, "vector_store_ids": ["vs_1"]} for name in names]
-    config = AppConfig.parse({"models": [MODEL], "assistants": assistants})
+    config = AppConfig.parse({"models": [MODEL], "assistants": assistants, "documents": {"uri": "s"}})
     with pytest.raises(ConfigError, match=word):
         config.check_assistants(["m", "alias"])
 
 
 def test_an_assistants_model_may_go_by_any_of_its_names() -> None:
-    assistant = {"name": "a", "model": "alias", "vector_store_ids": ["vs_1"]}
-    AppConfig.parse({"models": [MODEL], "assistants": [assistant]}).check_assistants(["m", "alias"])
+    AppConfig.parse({"models": [MODEL], "assistants": [ASSISTANT], "documents": {"uri": "s"}}).check_assistants(
+        ["m", "alias"]
+    )

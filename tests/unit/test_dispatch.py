@@ -159,3 +159,16 @@ async def test_what_a_request_holds_is_released_at_its_end_whatever_happens() ->
     assert (await ask(dispatcher, body=b"{}"))[0] == 500
     assert released == ["released"]
     assert request_scope.current() is None
+
+
+async def test_a_mounted_app_gets_its_paths_and_reads_its_bodies_itself() -> None:
+    app, counted = RecordingApp(), list[tuple[str, int]]()
+    dispatcher = make(
+        {"a": RecordingApp()}, mounted={"/v1/files": app}, count=lambda path, status: counted.append((path, status))
+    )
+    big = b"x" * 5000
+    for path in ("/v1/files", "/v1/files/file-1/content"):
+        assert (await ask(dispatcher, path=path, body=big))[0] == 200
+    assert app.bodies == [big, big]
+    assert (await ask(dispatcher, path="/v1/filesystem"))[0] == 404
+    assert counted == [("/v1/files", 200), ("/v1/files", 200), ("other", 404)]

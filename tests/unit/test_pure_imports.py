@@ -20,10 +20,18 @@ PURE = (
     "deployments.fleet.client",
     "deployments.grounding.asgi",
     "deployments.grounding.layout",
+    "deployments.outcomes",
+    "deployments.serve_calls",
+    "deployments.indexer",
+    "deployments.retriever",
+    "deployments.retrieval.api",
     "deployments.retrieval.chunking",
+    "deployments.retrieval.child",
     "deployments.retrieval.filters",
     "deployments.retrieval.fusion",
+    "deployments.retrieval.ingestion",
     "deployments.retrieval.records",
+    "deployments.retrieval.search",
 )
 
 
