@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from vllm.v1.engine import EngineCoreOutput, FinishReason
@@ -103,8 +105,9 @@ async def scripted_app(folder: Path, **options: Any) -> tuple[App, ScriptedFleet
         options: More engine and front-end arguments.
     """
     engine_args = {"model": str(tiny_random.write(folder)), "dtype": "float32", "max_model_len": 2048}
-    args = parse_args("tiny", engine_args, options)
-    fleet = ScriptedFleet()
-    client = FleetClient(fleet, frontend_config(args), ("generate",))
-    fleet.tokenizer = client.renderer.tokenizer
-    return await build_model_app(args, client), fleet, client
+    with mock.patch.dict(os.environ, VLLM_TARGET_DEVICE="cpu"):  # as in a Router
+        args = parse_args("tiny", engine_args, options)
+        fleet = ScriptedFleet()
+        client = FleetClient(fleet, frontend_config(args), ("generate",))
+        fleet.tokenizer = client.renderer.tokenizer
+        return await build_model_app(args, client), fleet, client
