@@ -18,7 +18,7 @@ import msgspec
 
 from deployments.config import AssistantConfig, GroundingConfig
 from deployments.dispatch import App, ClientGone, Message, Receive, Scope, Send, replay
-from deployments.errors import BadRequest, DocumentsUnavailable, NotFound, PublicError
+from deployments.errors import BadRequest, DocumentsUnavailable, NotFound, Overloaded, PublicError
 from deployments.grounding import chat, responses
 from deployments.grounding.file_search import (
     FAILED,
@@ -230,9 +230,10 @@ class GroundedApp:
             outcome = "cancelled"
             raise
         except PublicError as error:
-            if error.status < 500:
+            if error.status < 500 and not isinstance(error, Overloaded):
                 outcome = "refused"
                 raise
+            logger.warning("%s: a search failed: %s", self._limits.model, error.message)
             reason: Exception = error
         except TimeoutError as error:
             logger.warning("%s: a search took longer than %g s", self._limits.model, self._config.search_timeout_s)

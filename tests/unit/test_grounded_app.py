@@ -245,6 +245,7 @@ async def test_all_sequences_of_a_request_are_let_in_together() -> None:
         (NotFound("Vector store with id 'vs_1' not found."), 404, "refused"),
         (BadRequest("`filters.type` must be …", param="filters"), 400, "refused"),
         (EngineUnavailable("The embedding model is away."), 503, "failed"),
+        (Overloaded("The Retriever has too much to do.", retry_after_s=2), 503, "failed"),
         (ConnectionError("secret"), 503, "failed"),
     ],
 )
