@@ -22,6 +22,7 @@ from deployments.errors import (
     PayloadTooLarge,
     PublicError,
 )
+from deployments.redaction import redacted
 from deployments.request_scope import request_scope
 
 logger = logging.getLogger("ray.serve.groundswell.router")
@@ -123,9 +124,8 @@ class Dispatcher:
         finally:
             known = path if path in self._model_paths or path in self._own else self._prefix(path) or "other"
             self._count(known, status)
-            logger.info(
-                "%s %r %s %.0f ms", scope["method"], path, status or "aborted", 1000 * (time.perf_counter() - started)
-            )
+            took_ms = 1000 * (time.perf_counter() - started)
+            logger.info("%s %r %s %.0f ms", scope["method"], redacted(path), status or "aborted", took_ms)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]

@@ -87,6 +87,7 @@ class RequestSubmission:
         self.request_id = request_id
         self.prompt_tokens = length_from_prompt_token_ids_or_embeds(first.prompt_token_ids, first.prompt_embeds)
         self.sequences = len(requests)
+        self._caller = request_scope.caller()
         self._requests, self._queue, self._outputs, self._codec = requests, queue, outputs, codec
         self._ids = [request.request_id for request in requests]
         self._open = set(self._ids)
@@ -101,6 +102,8 @@ class RequestSubmission:
             raise EngineFailure("it aborted the request, which nobody asked for")
         index = int(output.request_id)
         output.request_id = self._ids[index]
+        if self._caller is not None:  # as it comes: whoever hangs up pays for what was done until then
+            self._caller.tokens += len(output.new_token_ids) + (0 if self._delivered else self.prompt_tokens)
         self._delivered = True
         processed = self._outputs.process_outputs([output], weight_version=weight_version)
         if not self._outputs.has_request(output.request_id):

@@ -12,6 +12,7 @@ PURE = (
     "deployments.config",
     "deployments.errors",
     "deployments.messages",
+    "deployments.access.gate",
     "deployments.dispatch",
     "deployments.metrics",
     "deployments.fleet.placement",
