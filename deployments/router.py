@@ -7,12 +7,14 @@ import json
 import logging
 import os
 import random
+import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import TYPE_CHECKING, Any, cast
 
 from deployments import messages as m
 from deployments import request_scope
+from deployments.access.fair_share import FairShare
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyRing, key_ring
 from deployments.config import AppConfig, ModelConfig
@@ -268,6 +270,7 @@ class _Model:
         self, model: ModelConfig, config: AppConfig, exchange: Exchange, handle: DeploymentHandle, metrics: RayMetrics
     ) -> None:
         from deployments.seam.args import frontend_config, model_names, parse_args
+        from deployments.seam.stamps import Stamps
 
         self.name = model.name
         self._args: Namespace = parse_args(model.name, model.engine_args, model.frontend_args)
@@ -285,6 +288,9 @@ class _Model:
             max_queued=config.router.max_queued_requests,
             metrics=metrics,
         )
+        # By time of day, which Routers on several nodes share.
+        fair_share = FairShare(clock=time.time) if self._args.scheduling_policy == "priority" else None
+        self._stamps = Stamps(fair_share, isolate_prefix_cache=config.router.isolate_prefix_cache)
         self._limits: Limits | None = None
         self._lock = asyncio.Lock()
         self._joining: asyncio.Task[None] | None = None
@@ -329,7 +335,7 @@ class _Model:
             if description is not None:
                 self._vllm_config.model_config.max_model_len = description.max_model_len
                 tasks = description.supported_tasks
-            client = FleetClient(self.fleet, self._vllm_config, tasks)
+            client = FleetClient(self.fleet, self._vllm_config, tasks, self._stamps)
             context = client.model_config.max_model_len
             self._limits = Limits(self.name, client.let_in, token_counter(client), context)
             self.built = await build_model_app(self._args, client)

@@ -1,1 +1,1 @@
-"""Who may ask, and how much: API keys and their limits."""
+"""Who may ask, how much, and in what order: API keys, their limits, and fair shares of scarce engines."""

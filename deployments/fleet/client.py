@@ -51,6 +51,8 @@ class Submission(Protocol):
     request_id: str
     prompt_tokens: int
     sequences: int
+    order: tuple[int, float]
+    """Smaller goes first among those that wait for an engine; equals in the order they came."""
 
     def encode(self) -> list[bytes]:
         """Return the frames for the next attempt."""
@@ -85,8 +87,10 @@ class Ticket:
     becomes None: engines have no use for it.
     """
 
-    def __init__(self, ledger: Ledger, booking: Booking, avoid: frozenset[str]) -> None:
-        self._ledger, self._booking, self._avoid = ledger, booking, avoid
+    def __init__(
+        self, ledger: Ledger, booking: Booking, avoid: frozenset[str], order: tuple[int, float] = (0, 0.0)
+    ) -> None:
+        self._ledger, self._booking, self._avoid, self.order = ledger, booking, avoid, order
 
     def rank(self, candidates: list[str]) -> list[str]:
         """Return replica ids, best first; replicas that have just failed this request come last."""
@@ -168,7 +172,7 @@ class Flight:
             self._submission.encode(),
             fleet.exchange.channel.address,
             self.stream,
-            Ticket(fleet.ledger, self._booking, self._failed_replicas),
+            Ticket(fleet.ledger, self._booking, self._failed_replicas, self._submission.order),
         )
         messages = self._messages(call)
         fleet.exchange.flights[self.stream] = self

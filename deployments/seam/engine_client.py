@@ -32,8 +32,10 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from deployments import request_scope
+from deployments.access.fair_share import Turn
 from deployments.errors import EngineFailure, EngineUnavailable, NotSupportedByFleet, PublicError
 from deployments.seam.args import lora_int_id
+from deployments.seam.stamps import Stamps
 from deployments.seam.wire import Codec
 
 _ADMITTED = "admitted"
@@ -73,6 +75,7 @@ class RequestSubmission:
     Args:
         requests: The sequences of the request; more than one for `n > 1`.
         queue: Where vLLM's generator waits.
+        turn: Its place among other keys' requests, where there is one.
     """
 
     def __init__(
@@ -82,12 +85,14 @@ class RequestSubmission:
         queue: RequestOutputCollector,
         outputs: OutputProcessor,
         codec: Codec,
+        turn: Turn | None = None,
     ) -> None:
         first = requests[0]
         self.request_id = request_id
         self.prompt_tokens = length_from_prompt_token_ids_or_embeds(first.prompt_token_ids, first.prompt_embeds)
         self.sequences = len(requests)
-        self._caller = request_scope.caller()
+        self.order = (0, 0.0) if turn is None else turn.order
+        self._caller, self._turn = request_scope.caller(), turn
         self._requests, self._queue, self._outputs, self._codec = requests, queue, outputs, codec
         self._ids = [request.request_id for request in requests]
         self._open = set(self._ids)
@@ -104,6 +109,8 @@ class RequestSubmission:
         output.request_id = self._ids[index]
         if self._caller is not None:  # as it comes: whoever hangs up pays for what was done until then
             self._caller.tokens += len(output.new_token_ids) + (0 if self._delivered else self.prompt_tokens)
+        if self._turn is not None:
+            self._turn.serve(len(output.new_token_ids))
         self._delivered = True
         processed = self._outputs.process_outputs([output], weight_version=weight_version)
         if not self._outputs.has_request(output.request_id):
@@ -134,13 +141,19 @@ class RequestSubmission:
 class FleetClient(EngineClient):
     """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device."""
 
-    def __init__(self, fleet: FleetLike, vllm_config: VllmConfig, supported_tasks: tuple[SupportedTask, ...]) -> None:
+    def __init__(
+        self,
+        fleet: FleetLike,
+        vllm_config: VllmConfig,
+        supported_tasks: tuple[SupportedTask, ...],
+        stamps: Stamps | None = None,
+    ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.supported_tasks = supported_tasks
-        self._fleet = fleet
+        self._fleet, self._stamps = fleet, stamps or Stamps()
         self._codec = Codec()
         self._outputs = OutputProcessor(
             self.renderer.tokenizer,
@@ -245,16 +258,19 @@ class FleetClient(EngineClient):
     async def _run(
         self, request: EngineCoreRequest, prompt: Any, prompt_text: str | None
     ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
-        parent, requests = _fan_out(request)
-        reservation = self._reservation(len(requests))
-        queue = RequestOutputCollector(request.params.output_kind, request.request_id)
-        text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
-        for index, child in enumerate(requests):
-            self._outputs.add_request(child, text, parent, index, queue)
-        external_id = request.external_req_id or request.request_id
-        submission = RequestSubmission(external_id, requests, queue, self._outputs, self._codec)
-        flight = self._fleet.start(submission, reservation)
+        reservation = self._reservation(getattr(request.params, "n", 1))
+        turn = self._stamps.put(request)
+        submission: RequestSubmission | None = None
+        flight: Flight | None = None
         try:
+            parent, requests = _fan_out(request)
+            queue = RequestOutputCollector(request.params.output_kind, request.request_id)
+            text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
+            for index, child in enumerate(requests):
+                self._outputs.add_request(child, text, parent, index, queue)
+            external_id = request.external_req_id or request.request_id
+            submission = RequestSubmission(external_id, requests, queue, self._outputs, self._codec, turn)
+            flight = self._fleet.start(submission, reservation)
             finished = False
             while not finished:
                 output = queue.get_nowait() or await queue.get()
@@ -262,8 +278,12 @@ class FleetClient(EngineClient):
                 yield output
         finally:
             # Reached by a finished answer, a client that hung up, and a generator that was dropped alike.
-            flight.close()
-            submission.abort()
+            if flight is not None:
+                flight.close()
+            if submission is not None:
+                submission.abort()
+            if turn is not None:
+                turn.leave()
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
