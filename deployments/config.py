@@ -57,6 +57,7 @@ class RouterConfig(_Frozen):
         False, description="Prompts of one key reuse no KV cache of another's, and cannot be guessed by its timing."
     )
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
+    max_items: int = Field(2048, ge=1, description="Messages, prompts, texts or tools in one request.")
     max_header_count: int = Field(100, ge=10)
     max_header_bytes: int = Field(32 * 2**10, ge=1024)
     max_queued_requests: int = Field(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final
@@ -43,7 +44,24 @@ class _Peek(msgspec.Struct):
     use_beam_search: Any = None
     background: Any = None
     previous_response_id: Any = None
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
+    documents: msgspec.Raw = msgspec.Raw()
+    queries: msgspec.Raw = msgspec.Raw()
+    texts: msgspec.Raw = msgspec.Raw()
+    inputs: msgspec.Raw = msgspec.Raw()
+    items: msgspec.Raw = msgspec.Raw()
+    text_1: msgspec.Raw = msgspec.Raw()
+    text_2: msgspec.Raw = msgspec.Raw()
+    data_1: msgspec.Raw = msgspec.Raw()
+    data_2: msgspec.Raw = msgspec.Raw()
 
+
+_LISTS: Final = tuple(field for field in _Peek.__struct_fields__ if _Peek.__annotations__[field] == "msgspec.Raw")
+"""Fields in which a small body can ask for much: each item is rendered, and may become a request of its own."""
+_TOKEN_IDS: Final = re.compile(rb"\[\s*-?\d")
 
 _REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "use_beam_search": "Beam search",
@@ -65,6 +83,7 @@ class Dispatcher:
         names: All names clients may use, for messages.
         model_paths: Paths that belong to a model.
         own: The Router's own GET paths.
+        max_items: Messages, prompts, texts or tools in one request.
         mounted: Apps of their own, by the prefix of their paths; they read their bodies themselves.
         count: Called with path and status of each finished request.
     """
@@ -77,6 +96,7 @@ class Dispatcher:
         own: Mapping[str, Answer],
         *,
         max_body_bytes: int,
+        max_items: int = 2048,
         mounted: Mapping[str, App] | None = None,
         count: Callable[[str, int], None] = lambda path, status: None,
     ) -> None:
@@ -85,9 +105,10 @@ class Dispatcher:
         self._model_paths = frozenset(model_paths)
         self._own = own
         self._mounted = mounted or {}
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._max_items = max_body_bytes, max_items
         self._count = count
         self._decoder = msgspec.json.Decoder(_Peek)
+        self._items = msgspec.json.Decoder(list[msgspec.Raw])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -161,6 +182,7 @@ class Dispatcher:
         for field, feature in _REFUSED_FIELDS.items():
             if getattr(peek, field):
                 raise NotSupportedByFleet(f"{feature} is not supported over a fleet of engines.", param=field)
+        self._check_items(peek)
         name = peek.model
         if name is None and len(self._names) == 1:
             name = self._names[0]
@@ -170,6 +192,15 @@ class Dispatcher:
         if app is None:
             raise ModelNotFound(f"The model `{name[:200]}` does not exist.", param="model")
         return app
+
+    def _check_items(self, peek: _Peek) -> None:
+        for field in _LISTS:
+            raw = memoryview(getattr(peek, field))
+            if len(raw) <= 2 * self._max_items or bytes(raw[:1]) != b"[" or _TOKEN_IDS.match(raw):
+                continue  # too short for so many, or one prompt of token ids, which has the model's own limit
+            count = len(self._items.decode(raw))
+            if count > self._max_items:
+                raise BadRequest(f"`{field}` has {count} items, and may have {self._max_items}.", param=field)
 
     def _peek(self, body: bytes) -> _Peek:
         try:

@@ -111,6 +111,7 @@ class Router:
                 "/metrics": _node_metrics,
             },
             max_body_bytes=self._config.router.max_body_bytes,
+            max_items=self._config.router.max_items,
             mounted=self._mounted(),
             count=lambda path, status: self._metrics.inc("router_http_requests", path=path, status=str(status)),
         )
