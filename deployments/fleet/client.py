@@ -254,6 +254,9 @@ class Flight:
             return
         if self._execution is None:
             self._execution, self.replica = delta.execution, replica
+        if replica != self.replica or delta.sequence < self._next_sequence:
+            # Another's, or said before: it takes nothing from this stream, so it must not end it either.
+            return self._fleet.metrics.inc("channel_dropped_messages", reason="foreign")
         if delta.execution != self._execution:
             return self.lose("deltas of another execution arrived")
         if delta.sequence != self._next_sequence:
