@@ -82,9 +82,7 @@ class House:
         self.fleet = Fleet("tiny", lambda *_: Call(), self.exchange, ledger, CONFIG, max_queued=8, metrics=self.heard)
         self.submission = Submission(self.heard)
         self.aborts: list[m.Abort] = []
-        self.engine = EngineEnd(
-            CONFIG, "e1", beat=lambda: beat("e1"), on_abort=self.aborts.append, metrics=self.heard
-        )
+        self.engine = EngineEnd(CONFIG, "e1", beat=lambda: beat("e1"), on_abort=self.aborts.append, metrics=self.heard)
         self.context = zmq.asyncio.Context()
         self.sequence = 0
 
@@ -120,7 +118,8 @@ class House:
         return [m.DELTAS, *frames]
 
     async def undisturbed(self) -> None:
-        await self.heard.until(lambda: len(self.submission.tokens) >= self.sequence or self.submission.error is not None)
+        mine = self.submission
+        await self.heard.until(lambda: len(mine.tokens) >= self.sequence or mine.error is not None)
         assert self.submission.error is None
         assert self.submission.tokens == list(range(self.sequence))
 
