@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, DocumentsUnavailable, Overloaded
+from deployments.retrieval.batching import batches, text_bytes
 from deployments.retrieval.blobs import Blobs, BlobWriter
 from deployments.retrieval.filters import quoted
 from deployments.retrieval.parsing import Unreadable
@@ -311,13 +312,19 @@ class Ingestion:
         self._wake.set()
         return member
 
-    async def attach_batch(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> Batch:
-        """Put files into a store, as one batch."""
+    async def attach_batch(
+        self, owner: str | None, store_id: str, attachments: Sequence[Attachment], batch_id: str | None = None
+    ) -> Batch:
+        """Put files into a store, as one batch; `batch_id` adds them to one that is there."""
         async with self._changing:
             store = await self._store(owner, store_id)
-            batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
+            if batch_id is None:
+                batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
+            else:
+                batch = await self._batch(store_id, batch_id)
             members = await self._members(store, attachments, batch.id)
-            await self._writer.add(BATCHES, [batch])
+            if batch_id is None:
+                await self._writer.add(BATCHES, [batch])
             await self._writer.put(MEMBERS, members)
         self._wake.set()
         return batch
@@ -403,9 +410,7 @@ class Ingestion:
         """Stop indexing the files of a batch that are not done."""
         async with self._changing:
             await self._store(owner, store_id, open_only=False)
-            batch = await self._reader.batch(store_id, batch_id)
-            if batch is None:
-                raise no_batch(batch_id)
+            batch = await self._batch(store_id, batch_id)
             await self._writer.update(BATCHES, f"id = {quoted(batch_id)}", {"cancelled": True})
             await self._finish_cancel(batch)
             return replace(batch, cancelled=True)
@@ -449,6 +454,12 @@ class Ingestion:
         if member is None:
             raise no_member(file_id)
         return member
+
+    async def _batch(self, store_id: str, batch_id: str) -> Batch:
+        batch = await self._reader.batch(store_id, batch_id)
+        if batch is None:
+            raise no_batch(batch_id)
+        return batch
 
     # The work
 
@@ -603,16 +614,16 @@ class Ingestion:
         if self._embed is None or not pieces:
             return {}
         texts = [chunk.text for piece in pieces for chunk in piece.chunks]
-        size = self._config.embed_batch_texts
         at_once = asyncio.Semaphore(_EMBED_CALLS_AT_ONCE)
         embed = self._embed
 
-        async def call(first: int) -> Vectors:
+        async def call(batch: Sequence[str]) -> Vectors:
             async with at_once, asyncio.timeout(self._config.embed_timeout_s):
-                return await embed(texts[first : first + size])
+                return await embed(batch)
 
         async with self._staged("embed"):
-            made = np.concatenate(await asyncio.gather(*(call(first) for first in range(0, len(texts), size))))
+            together = batches(texts, text_bytes, most=self._config.embed_batch_texts)
+            made = np.concatenate(await asyncio.gather(*(call(batch) for batch in together)))
         vectors, first = {}, 0
         for piece in pieces:
             vectors[id(piece)] = made[first : first + len(piece.chunks)]
