@@ -464,9 +464,7 @@ class Ingestion:
     # The work
 
     async def _recover(self) -> None:
-        known = {file.id for file in await self._reader.select(FILES, "true")}
-        for file_id in await self._blobs.ids() - known:
-            await self._blobs.delete(file_id)
+        await self._forget_broken_uploads()
         for file in await self._reader.select(FILES, "true", deleting=True):
             await self._finish_file(file.id)
         for store in await self._reader.select(STORES, "true", deleting=True):
@@ -481,6 +479,15 @@ class Ingestion:
         for store_id, file_ids in begun.items():
             logger.info("Going on with %d files of vector store %s", len(file_ids), store_id)
             await self._purge(store_id, file_ids)
+
+    async def _forget_broken_uploads(self) -> None:
+        known = {file.id for file in await self._reader.select(FILES, "true")}
+        strangers = await self._blobs.ids() - known
+        if strangers and not known:  # rather than bytes too many, this may be tables too few
+            logger.warning("The store has the bytes of %d files, and no record of any; they are kept", len(strangers))
+            return
+        for file_id in strangers:
+            await self._blobs.delete(file_id)
 
     async def _forever(self, loop: Callable[[], Any]) -> None:
         while not self.fenced:

@@ -93,6 +93,11 @@ class Reader:
             self._tables.popitem(last=False)
         return table
 
+    @property
+    def open_tables(self) -> int:
+        """How many tables are kept open."""
+        return len(self._tables)
+
     async def select(
         self,
         table: Table[R],

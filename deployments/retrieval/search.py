@@ -104,6 +104,7 @@ class Searcher:
             raise
         finally:
             self._metrics.inc("retriever_searches", outcome=outcome)
+            self._metrics.set("retriever_open_tables", self._reader.open_tables)
 
     async def _search(
         self,
