@@ -41,7 +41,7 @@ from deployments.retrieval.records import (
 )
 from deployments.retrieval.rules import check_usable, no_batch, no_file, no_member, no_store
 from deployments.retrieval.sandbox import Sandbox
-from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows
+from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows, chunks_table, is_missing
 from deployments.retrieval.writer import Fenced, Writer
 
 logger = logging.getLogger("ray.serve.groundswell.indexer")
@@ -50,8 +50,8 @@ _LOOK_AHEAD_FILES: Final = 256
 _BUFFERED_PIECES: Final = 64
 _CHUNKS_A_COMMIT: Final = 2048
 _DELETED_TOGETHER: Final = 500
-_MAX_COMMITS: Final = 64
-_MAX_UNINDEXED_ROWS: Final = 20_000
+_HOUSE_KEEPING_S: Final = 10.0
+_COMPACTION_LOOK_S: Final = 1.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
 _EMBED_CALLS_AT_ONCE: Final = 4
@@ -147,7 +147,8 @@ class Ingestion:
     async def start(self) -> None:
         """Finish what a former run has begun, and begin to work."""
         await self._recover()
-        loops = [self._read_files] * self._config.parse_workers + [self._write_pieces, self._keep_house]
+        loops = [self._read_files] * self._config.parse_workers
+        loops += [self._write_pieces, self._keep_house, self._keep_compact]
         self._tasks = [asyncio.get_running_loop().create_task(self._forever(loop)) for loop in loops]
 
     async def close(self) -> None:
@@ -665,10 +666,9 @@ class Ingestion:
 
     async def _keep_house(self) -> None:
         while True:
-            await asyncio.sleep(min(5.0, self._config.compact_after_s))
             await self._end_stale_uploads()
             await self._expire()
-            await self._compact()
+            await asyncio.sleep(_HOUSE_KEEPING_S)
 
     async def _end_stale_uploads(self) -> None:
         for file_id, upload in list(self._uploads.items()):
@@ -688,18 +688,25 @@ class Ingestion:
                 await self._writer.update(STORES, f"id = {quoted(store.id)}", {"state": "expired"})
                 await self._empty_store(store.id)
 
-    async def _compact(self) -> None:
-        due = self._writer.behind(
-            idle_s=self._config.compact_after_s, max_commits=_MAX_COMMITS, max_rows=_MAX_UNINDEXED_ROWS
-        )
-        for name in due:
-            try:
-                await self._writer.compact(name, keep_versions_s=self._config.keep_versions_s)
-            except Fenced:
-                raise
-            except Exception:
-                logger.exception("Table %s could not be compacted; it is tried again", name)
-        self._metrics.set("indexer_tables_behind", self._writer.tables_behind)
+    async def _keep_compact(self) -> None:
+        for store in await self._reader.select(STORES, "state = 'open'"):  # what a former run has left to do
+            if await self._writer.unindexed(store.id):
+                await self._compact(chunks_table(store.id))
+        while True:
+            await asyncio.sleep(min(_COMPACTION_LOOK_S, self._config.compact_after_s))
+            for name in self._writer.behind(idle_s=self._config.compact_after_s):
+                await self._compact(name)
+            self._metrics.set("indexer_tables_behind", self._writer.tables_behind)
+
+    async def _compact(self, name: str) -> None:
+        try:
+            await self._writer.compact(name, keep_versions_s=self._config.keep_versions_s)
+        except Fenced:
+            raise
+        except Exception as error:
+            if is_missing(error):  # its store was deleted meanwhile
+                return
+            logger.exception("Table %s could not be compacted; it is tried again", name)
 
 
 def _failed(member: VectorStoreFile, code: ErrorCode, message: str) -> VectorStoreFile:
