@@ -1,6 +1,6 @@
-"""`python -m deployments.cli serve serve_config.yaml`: serve a config on this machine.
+"""`groundswell serve CONFIG`: serve a config on this machine; `ingest`, `search`, `ask`: use a running server.
 
-Exit codes: 0 after Ctrl-C, 1 with one sentence on stderr if it cannot start, 2 for wrong usage.
+Exit codes: 0 after Ctrl-C or when all went well, 1 with one sentence on stderr if it did not, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from deployments import documents_cli
 from deployments.launch import preflight, supervisor
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     options = _parser().parse_args(arguments)
+    if hasattr(options, "run"):
+        return documents_cli.run(options)
     try:
         config = preflight.read_config(options.config, port=options.port)
         supervisor.clean_up()
@@ -65,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="HTTP port instead of the config's; 0 takes a free one")
     serve.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (about 1 GB of memory)")
     serve.add_argument("--verbose", action="store_true", help="show the logs of all processes")
+    documents_cli.add_commands(commands)
     return parser
 
 

@@ -150,7 +150,7 @@ class DocumentsConfig(_Frozen):
     search_timeout_s: float = Field(10.0, gt=0, description="After which a search is a 503.")
     write_timeout_s: float = Field(60.0, gt=0, description="After which a call to the Indexer is a 503.")
     candidates: int = Field(50, ge=50, le=1000, description="What each leg of a search finds, before ranking.")
-    compact_after_s: float = Field(30.0, gt=0, description="Tables rest this long before they are compacted.")
+    compact_after_s: float = Field(5.0, gt=0, description="Tables rest this long before they are compacted.")
     keep_versions_s: float = Field(600.0, ge=1, description="How long old versions of tables can still be read.")
     cache_bytes: int = Field(512 * 2**20, ge=2**20, description="LanceDB's caches, in each replica.")
     indexer: dict[str, Any] = Field({}, description="Serve deployment options of the Indexer.")

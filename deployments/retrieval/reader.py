@@ -93,6 +93,11 @@ class Reader:
             self._tables.popitem(last=False)
         return table
 
+    @property
+    def open_tables(self) -> int:
+        """How many tables are kept open."""
+        return len(self._tables)
+
     async def select(
         self,
         table: Table[R],
@@ -198,15 +203,16 @@ class Reader:
             into["usage_bytes"] += row["usage_bytes_sum"] or 0
         return result | {key: FileCounts(**values) for key, values in sums.items()}
 
-    async def chunks(self, store_id: str, file_id: str) -> list[Chunk]:
-        """Return a file's chunks in order.
+    async def chunks(self, store_id: str, file_id: str, first: int = 0, limit: int = 2**31 - 1) -> list[Chunk]:
+        """Return a file's chunks in order, from number `first` on, at most `limit`.
 
         Raises:
             StoreGone: The store is not there.
         """
         table = await self._chunks(store_id)
         columns = ["position", "text", "char_start", "char_end", "tokens"]
-        rows = await self._rows(store_id, table.query().where(f"file_id = {quoted(file_id)}").select(columns))
+        where = f"file_id = {quoted(file_id)} AND position >= {first} AND position < {first + limit}"
+        rows = await self._rows(store_id, table.query().where(where).select(columns))
         rows.sort(key=lambda row: row["position"])
         return [Chunk(row["text"], row["char_start"], row["char_end"], row["tokens"]) for row in rows]
 

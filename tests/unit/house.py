@@ -63,6 +63,14 @@ class House:
         await self.ingestion.finish_upload(file_id, name, "assistants")
         return file_id
 
+    async def text(self, store_id: str, file_id: str) -> str:
+        """Return what was read from a file, but for white space between chunks."""
+        text, end = "", 0
+        for chunk in await self.reader.chunks(store_id, file_id):
+            text += chunk.text[max(0, end - chunk.start) :]
+            end = chunk.end
+        return text
+
     async def store_of(self, *texts: str, owner: str | None = None, **attributes: Any) -> tuple[str, list[str]]:
         """Return a store in which files of these texts have been indexed, and their ids."""
         files = [await self.upload(text, owner=owner) for text in texts]

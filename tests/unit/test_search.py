@@ -78,7 +78,7 @@ async def test_reranking_reorders_unless_it_is_left_out(tmp_path: Path) -> None:
         return [1 / len(text) for text in texts]
 
     async with house(tmp_path, score=stub_score) as made:
-        store, (long, short) = await made.store_of("zebra zebra zebra, a long text", "a zebra")
+        store, (long, short) = await made.store_of("zebra zebra zebra, that is it", "a zebra of a kind")
         assert [h.file_id for h in await made.searcher.search(None, [store], ["zebra"])] == [short, long]
         plain = await made.searcher.search(None, [store], ["zebra"], ranking=Ranking(ranker="none"))
         assert [h.file_id for h in plain] == [long, short]
