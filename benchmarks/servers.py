@@ -69,6 +69,7 @@ def settings(model: Path, *, gpu: bool) -> EngineSettings:
         {**shared, "dtype": "float32", "enforce_eager": True},
         {
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "OMP_WAIT_POLICY": "PASSIVE",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         },
