@@ -1,6 +1,7 @@
 """Whether the Router forgets what it has served: its resident memory over many short requests.
 
 python -m benchmarks.memory                                # starts Groundswell, measures, stops it
+python -m benchmarks.memory --further-models 4             # what each model beside the first costs a Router
 python -m benchmarks.memory --url http://127.0.0.1:8000    # one that runs on this machine
 """
 
@@ -45,16 +46,35 @@ def run(requests: int, concurrency: int, say: Callable[[str], None]) -> dict[str
             server.stop()
 
 
+def further(models: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Start Groundswell with one model and again with some more; return what a Router takes for each of those.
+
+    None of them has an engine: it is the Router's own share of a model that is measured.
+    """
+    model = ROOT / "models" / "tiny-random"
+    make_model(model)
+    rss: dict[int, float] = {}
+    for number in (0, models):
+        with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:
+            server = Groundswell(settings(model, gpu=has_cuda_build()), Path(folder), further_models=number)
+            try:
+                server.start()
+                send(Load(server.url, MODEL_NAME, 4, 50, tokens=1, stream=False))
+                rss[number] = sum(p.memory_info().rss for p in _routers(server.url)) / 1e6
+                say(f"{1 + number} models: Router RSS {rss[number]:.1f} MB")
+            finally:
+                server.stop()
+    each = (rss[models] - rss[0]) / models
+    return {"benchmark": "memory of further models", "models": models, "mb_each": round(each, 1), "failed": 0}
+
+
 def measure(url: str, model: str, requests: int, concurrency: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Send short requests to a running Groundswell on this machine and watch its Router.
 
     Raises:
         NoRouter: There is none at `url`.
     """
-    family = _processes(url)
-    routers = [p for p in family if usage.name(p) == "Router replica"]
-    if not routers:
-        raise NoRouter(f"there is no Router of a `groundswell serve` on this machine behind {url}")
+    routers = _routers(url)
 
     def rss() -> int:
         return sum(router.memory_info().rss for router in routers)
@@ -88,6 +108,13 @@ def measure(url: str, model: str, requests: int, concurrency: int, say: Callable
     }
 
 
+def _routers(url: str) -> list[psutil.Process]:
+    routers = [p for p in _processes(url) if usage.name(p) == "Router replica"]
+    if not routers:
+        raise NoRouter(f"there is no Router of a `groundswell serve` on this machine behind {url}")
+    return routers
+
+
 def _processes(url: str) -> list[psutil.Process]:
     """Return the processes of the run that listens at `url`."""
     port = urllib.parse.urlsplit(url).port or 80
@@ -104,7 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     console.stop_in_order()
     try:
-        if given.url is None:
+        if given.further_models:
+            numbers = further(given.further_models, console.say)
+        elif given.url is None:
             numbers = run(given.requests, given.concurrency, console.say)
         else:
             numbers = measure(given.url.rstrip("/"), given.model, given.requests, given.concurrency, console.say)
@@ -123,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=MODEL_NAME, help="its name at --url")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument(
+        "--further-models", type=int, default=0, help="measure instead what so many models beside the first cost"
+    )
     console.add_json(parser)
     return parser
 

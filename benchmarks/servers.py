@@ -69,6 +69,7 @@ def settings(model: Path, *, gpu: bool) -> EngineSettings:
         {**shared, "dtype": "float32", "enforce_eager": True},
         {
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "OMP_WAIT_POLICY": "PASSIVE",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         },
@@ -156,9 +157,19 @@ class Server(ABC):
 
 
 class Groundswell(Server):
-    """`groundswell serve` with one Router and one engine replica."""
+    """`groundswell serve` with one Router and one engine replica.
+
+    Args:
+        settings: Of its engine.
+        folder: For its log and configuration.
+        further_models: Models beside the first, which start no engine unless they are asked.
+    """
 
     name = "groundswell"
+
+    def __init__(self, settings: EngineSettings, folder: Path, *, further_models: int = 0) -> None:
+        super().__init__(settings, folder)
+        self._further_models = further_models
 
     def command(self, port: int) -> list[str]:
         model = {
@@ -167,11 +178,16 @@ class Groundswell(Server):
             "env": dict(self.settings.environment),
             "deployment": {"num_replicas": 1},
         }
+        asleep = {"deployment": {"autoscaling_config": {"min_replicas": 0, "max_replicas": 1}}}
+        others = [
+            {**model, **asleep, "name": name, "engine_args": {**self.settings.engine_args, "served_model_name": name}}
+            for name in (f"{MODEL_NAME}-{i}" for i in range(self._further_models))
+        ]
         app = {
             "name": "groundswell",
             "route_prefix": "/",
             "import_path": "deployments.app:build",
-            "args": {"models": [model], "router": {"deployment": {"num_replicas": 1}}},
+            "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}}},
         }
         config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
         path = self.folder / "groundswell.yaml"

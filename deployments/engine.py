@@ -87,10 +87,12 @@ def cpu_environment(cores: int) -> dict[str, str]:
 
     Ray sets `OMP_NUM_THREADS` from `num_cpus`, so an engine with half a CPU would prefill on one thread. vLLM pins its
     threads one engine at a time, so two engines would share some cores and leave others idle; and it wants 92% of a
-    NUMA node's memory, or refuses to start, unless told how many GiB the KV cache may have.
+    NUMA node's memory, or refuses to start, unless told how many GiB the KV cache may have. Threads that spin at a
+    barrier keep the very thread they wait for from running, where Routers and engines share the cores.
     """
     return {
         "OMP_NUM_THREADS": str(cores),
+        "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
     }

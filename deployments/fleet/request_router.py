@@ -6,7 +6,9 @@ goes anywhere. Everything else, from capacity to retries on rejection, stays Ser
 
 from __future__ import annotations
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from typing import Any
+
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments.fleet.client import Ticket
 from deployments.fleet.replica_watch import changed
@@ -19,6 +21,10 @@ class FleetRequestRouter(FIFOMixin, RequestRouter):
     and a completion with two prompts makes two.
     """
 
+    def initialize_state(self, **kwargs: Any) -> None:
+        super().initialize_state(**kwargs)
+        self._unreachable: set[ReplicaID] = set()
+
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
         changed(self._deployment_id.name, frozenset(replica.replica_id.unique_id for replica in replicas))
@@ -26,15 +32,37 @@ class FleetRequestRouter(FIFOMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return replicas with room, best first, each a rank of its own."""
+        """Return replicas with room, best first, each a rank of its own; all of them when none seems to have any."""
         ticket = _ticket(pending_request)
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
-        available = self.select_available_replicas(candidate_replicas)
+        available = self.select_available_replicas(candidate_replicas) or candidate_replicas
         if ticket is None:
             return [available]
         by_id = {replica.replica_id.unique_id: replica for replica in available}
         return [[by_id[replica]] for replica in ticket.rank(list(by_id))]
+
+    async def _select_from_candidate_replicas(
+        self, candidates: list[RunningReplica], backoff_index: int
+    ) -> RunningReplica | None:
+        """Take the first candidate at its word, where Serve would ask it first how many requests it has.
+
+        Serve asks when it has heard nothing for ten seconds, and hears nothing from a busy replica within its deadline:
+        the first requests after a pause would wait. A replica without room refuses by itself, and says how many it has.
+        Those that refused, and those that could not be reached, are asked.
+        """
+        first = candidates[0].replica_id
+        if self.replica_queue_len_cache.get(first) is None and first not in self._unreachable:
+            return self.curr_replicas.get(first)
+        return await super()._select_from_candidate_replicas(candidates, backoff_index)
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_unavailable(replica_id)
+        self._unreachable.add(replica_id)
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+        self._unreachable.discard(replica_id)
 
 
 def _ticket(pending_request: PendingRequest | None) -> Ticket | None:

@@ -45,6 +45,13 @@ def test_metrics_can_be_scraped(served: Served) -> None:
     assert "ray_" in requests.get(url[0], timeout=30).text
 
 
+def test_routers_and_engines_are_not_put_behind_everything_else_on_the_machine(served: Served) -> None:
+    names = ("ray::ServeReplica:", "VLLM::")
+    niceness = {p.name(): p.nice() for p in served.members() if " ".join(p.cmdline()[:1]).startswith(names)}
+    assert niceness, "no replica was found"
+    assert set(niceness.values()) == {psutil.Process().nice()}
+
+
 @dataclass(frozen=True)
 class Listener:
     """A TCP socket that accepts connections."""

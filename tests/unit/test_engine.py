@@ -388,6 +388,7 @@ def test_a_cpu_engine_computes_on_all_cores_and_pins_none(monkeypatch: pytest.Mo
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     assert cpu_environment(6) == {
         "OMP_NUM_THREADS": "6",
+        "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }

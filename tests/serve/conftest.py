@@ -1,0 +1,129 @@
+"""One start of Ray for all tests with stub engines: several models of them, behind two real Routers.
+
+Started as `make serve` starts: on loopback, with HAProxy, gRPC and Ray's token.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from models import tiny_random
+from tests.e2e.serving import ROOT, serving
+from tests.serve import orders
+
+LIMIT_S = 90
+"""Generous: tests are about what happens and in which order."""
+ROUTERS = 2
+MAX_QUEUED = 4
+
+
+def stub(name: str, folder: Path, *, batch: int, deployment: dict[str, Any], **env: float) -> dict[str, Any]:
+    """Return the configuration of one model.
+
+    Args:
+        name: Of the model.
+        folder: Where the model's tokenizer lies, beside notes and orders.
+        batch: Requests an engine runs at once.
+        deployment: Serve's options.
+        env: The stub's settings, without `STUB_`.
+    """
+    return {
+        "name": name,
+        "engine_args": {"model": str(folder / "model"), "max_model_len": 4096, "max_num_seqs": batch},
+        "deployment": {"ray_actor_options": {"num_cpus": 0, "num_gpus": 0}, **deployment},
+        "env": {"STUB_FOLDER": str(folder), **{f"STUB_{key}": str(value) for key, value in env.items()}},
+    }
+
+
+def scaled(low: int, high: int) -> dict[str, Any]:
+    return {"autoscaling_config": {"min_replicas": low, "max_replicas": high, "downscale_delay_s": 3}}
+
+
+@dataclass
+class Stubs:
+    """The running app.
+
+    Attributes:
+        url: Of its API.
+        folder: Notes and orders.
+    """
+
+    url: str
+    folder: Path
+
+    def ask(self, model: str, *, tokens: int = 4, stream: bool = False, **body: Any) -> requests.Response:
+        """Ask for a chat completion, or for a completion where `prompt` is given."""
+        path = "completions" if "prompt" in body else "chat/completions"
+        if "prompt" not in body:
+            body.setdefault("messages", [{"role": "user", "content": "Hello"}])
+        body |= {"model": model, "max_tokens": tokens, "stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        return requests.post(f"{self.url}/v1/{path}", json=body, stream=stream, timeout=LIMIT_S)
+
+    def engines(self, model: str) -> int:
+        """Return how many engines the Router that answers knows."""
+        return int(requests.get(f"{self.url}/health", timeout=LIMIT_S).json()["replicas"][model])
+
+    def notes(self, model: str) -> dict[str, orders.Notes]:
+        return orders.read(self.folder, model)
+
+    def running(self, model: str) -> int:
+        """Return how many requests the model's engines have."""
+        return sum(note.running for note in self.notes(model).values())
+
+    def wait_for_engines(self, model: str, number: int) -> None:
+        """Wait until all Routers know exactly so many engines, and those live: of a death they hear a little later."""
+        in_a_row = 0
+
+        def settled() -> bool:
+            nonlocal in_a_row
+            known = [len(note.joined) for note in self.notes(model).values()] == [ROUTERS] * number
+            in_a_row = in_a_row + 1 if known and self.engines(model) == number else 0
+            return in_a_row > 2 * ROUTERS
+
+        wait_for(settled, f"{number} engines of {model}")
+
+
+def wait_for(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
+    folder = tmp_path_factory.mktemp("stubs")
+    tiny_random.write(folder / "model")
+    models = [
+        stub("pair", folder, batch=64, deployment={"num_replicas": 2}, TOKEN_S=0.02, PREFILL_S=0.0005),
+        stub("elastic", folder, batch=4, deployment=scaled(1, 2), TOKEN_S=0.1),
+        stub("zero", folder, batch=16, deployment=scaled(0, 1)),
+    ]
+    router = {
+        "deployment": {"num_replicas": ROUTERS},
+        "max_queued_requests": MAX_QUEUED,
+        "fleet": {"engine_stall_timeout_s": 5},
+    }
+    application = {
+        "name": "stubs",
+        "route_prefix": "/",
+        "import_path": "tests.serve.stub_app:build",
+        "args": {"app": {"models": models, "router": router}},
+    }
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump({"applications": [application]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
+        with serving(config, tmp_path_factory.mktemp("state")) as served:
+            yield Stubs(f"http://127.0.0.1:{served.port}", folder)

@@ -1,0 +1,160 @@
+"""Routers, Serve, HAProxy and the token channel as they are, around stub engines that do as they are told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+
+from tests.serve import orders
+from tests.serve.conftest import MAX_QUEUED, ROUTERS, Stubs, wait_for
+
+
+def events(answer: requests.Response) -> Iterator[Any]:
+    """Yield what a stream says, parsed; its last word as it is."""
+    for line in answer.iter_lines():
+        if line.startswith(b"data: "):
+            word = line.removeprefix(b"data: ")
+            yield word.decode() if word == b"[DONE]" else json.loads(word)
+
+
+def words(said: list[Any]) -> str:
+    return "".join(e["choices"][0]["delta"].get("content") or "" for e in said if e != "[DONE]" and e.get("choices"))
+
+
+@pytest.fixture
+def pair(stubs: Stubs) -> Stubs:
+    """The app, once both engines of the model `pair` are there: tests before may have cost one."""
+    stubs.wait_for_engines("pair", 2)
+    return stubs
+
+
+def test_streams_are_whole_through_two_engines_and_two_routers(pair: Stubs) -> None:
+    def stream(_: int) -> list[Any]:
+        answer = pair.ask("pair", tokens=20, stream=True)
+        assert answer.status_code == 200
+        return list(events(answer))
+
+    with ThreadPoolExecutor(16) as pool:
+        streams = list(pool.map(stream, range(32)))
+    for said in streams:
+        assert said[-1] == "[DONE]"
+        assert said[-2]["usage"]["completion_tokens"] == 20
+        assert said[-3]["choices"][0]["finish_reason"] == "length"
+    assert len({words(said) for said in streams}) == 1
+    notes = pair.notes("pair").values()
+    assert len(notes) == 2
+    assert len({router for note in notes for router in note.routers}) == ROUTERS
+    assert pair.running("pair") == 0
+
+
+def test_long_and_short_prompts_mixed_are_even_work_for_both_engines(pair: Stubs) -> None:
+    before = pair.notes("pair")
+    long, short = "one two three four " * 250, "one"
+
+    def ask(i: int) -> int:
+        return pair.ask("pair", tokens=4, prompt=short if i % 2 else long).status_code
+
+    with ThreadPoolExecutor(12) as pool:
+        assert set(pool.map(ask, range(60))) == {200}
+    after = pair.notes("pair")
+    work = [note.prompt_tokens - before[replica].prompt_tokens for replica, note in after.items()]
+    assert max(work) < 1.5 * min(work), work
+
+
+def test_two_prompts_in_one_completion_are_both_answered(pair: Stubs) -> None:
+    answer = pair.ask("pair", tokens=6, prompt=["one", "two"]).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert all(choice["text"] for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 12
+
+
+def test_a_client_that_hangs_up_frees_its_place_in_the_engine(pair: Stubs) -> None:
+    answer = pair.ask("pair", tokens=4000, stream=True)  # 80 s of them
+    next(events(answer))
+    wait_for(lambda: pair.running("pair") == 1, "the stream runs")
+    answer.close()
+    wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
+
+
+def test_a_client_that_hangs_up_while_its_request_waits_frees_its_place(pair: Stubs) -> None:
+    with pytest.raises(requests.Timeout):
+        requests.post(
+            f"{pair.url}/v1/completions", json={"model": "pair", "prompt": "one", "max_tokens": 4000}, timeout=2
+        )
+    wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
+
+
+def test_an_engine_that_dies_before_the_first_token_costs_the_client_nothing(pair: Stubs) -> None:
+    order = orders.give(pair.folder, "pair", orders.DIE_FIRST)
+    before = set(pair.notes("pair"))
+    answer = pair.ask("pair", tokens=5)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 5)
+    assert not order.exists(), "no engine died"
+    assert len(before & set(pair.notes("pair"))) == 1
+
+
+def test_an_engine_that_dies_ends_its_streams_with_an_error_event_and_no_others(pair: Stubs) -> None:
+    order = orders.give(pair.folder, "pair", orders.DIE_LATER)
+    with ThreadPoolExecutor(8) as pool:
+        streams = list(pool.map(lambda _: list(events(pair.ask("pair", tokens=100, stream=True))), range(8)))
+    assert not order.exists(), "no engine died"
+    assert {said[-1] for said in streams} == {"[DONE]"}
+    broken = [said for said in streams if any("error" in event for event in said)]
+    assert 0 < len(broken) < len(streams), "both replicas had streams, and one replica died"
+    for said in broken:
+        assert words(said)
+        (error,) = [event["error"] for event in said if "error" in event]
+        assert {"message", "type", "param", "code"} <= set(error)
+        assert "failed" in error["message"]
+    for said in streams:
+        if said not in broken:
+            assert said[-2]["usage"]["completion_tokens"] == 100
+
+
+def test_a_request_on_a_hung_engine_is_served_by_the_other(pair: Stubs) -> None:
+    order = orders.give(pair.folder, "pair", orders.HANG)
+    answer = pair.ask("pair", tokens=5)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 5)
+    assert not order.exists(), "no engine hung"
+
+
+def test_from_zero_requests_are_held_until_an_engine_is_up_and_what_is_too_many_is_refused_at_once(
+    stubs: Stubs,
+) -> None:
+    stubs.wait_for_engines("zero", 0)
+    held: list[requests.Response] = []
+    while (answer := stubs.ask("zero", tokens=5, stream=True)).status_code == 200:
+        held.append(answer)
+        assert len(held) < 2 * ROUTERS * MAX_QUEUED, "nothing is refused"
+    assert MAX_QUEUED <= len(held) <= ROUTERS * MAX_QUEUED
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert stubs.notes("zero") == {}, "all of that came before any engine was there"
+    for answer in held:
+        assert [event for event in events(answer) if event != "[DONE]"][-1]["usage"]["completion_tokens"] == 5
+    assert len(stubs.notes("zero")) == 1
+
+
+def test_without_work_the_last_engine_leaves(stubs: Stubs) -> None:
+    stubs.wait_for_engines("zero", 0)
+    assert stubs.notes("zero") == {}
+
+
+def test_load_brings_a_second_engine_and_no_stream_is_cut(stubs: Stubs) -> None:
+    stubs.wait_for_engines("elastic", 1)
+    answers = [stubs.ask("elastic", tokens=3000, stream=True) for _ in range(4)]
+    streams = [events(answer) for answer in answers]
+    for stream in streams:
+        assert "error" not in next(stream)
+    wait_for(lambda: stubs.engines("elastic") == 2, "a second engine")
+    for stream in streams:
+        assert all("error" not in next(stream) for _ in range(20))
+    for answer in answers:
+        answer.close()
+    wait_for(lambda: stubs.running("elastic") == 0, "all places are free again")
