@@ -314,3 +314,6 @@ def run(options: argparse.Namespace) -> int:
     except Failure as failure:
         print(f"groundswell: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ngroundswell: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
