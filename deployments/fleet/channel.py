@@ -172,6 +172,7 @@ class RouterEnd:
             replica = self._peers.get(identity)
             if replica is None:
                 self._metrics.inc("channel_dropped_messages", reason="stranger")
+                self._socket.send([identity, m.STRANGER])  # an engine we gave up may not have noticed
                 return
             self._heard[identity] = self._clock()
             if kind == m.DELTAS:
@@ -258,6 +259,8 @@ class Link:
             except (msgspec.MsgspecError, IndexError) as error:
                 self._end.metrics.inc("channel_dropped_messages", reason="malformed")
                 logger.warning("A malformed message on the token channel was dropped: %s", error)
+        elif frames[0] == m.STRANGER:
+            self.fail("it has given this engine up")
         elif frames[0] != m.PING:
             self._end.metrics.inc("channel_dropped_messages", reason="unknown_kind")
 

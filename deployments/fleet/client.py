@@ -99,9 +99,9 @@ class Ticket:
         self._ledger, self._booking, self._avoid = ledger, booking, avoid
 
     def rank(self, candidates: list[str]) -> list[str]:
-        """Return replica ids, best first; replicas that have just failed this request come last."""
+        """Return replica ids, best first; those that have failed this request only where there is no other."""
         fresh = [c for c in candidates if c not in self._avoid]
-        return self._ledger.place(self._booking, fresh or candidates)
+        return self._ledger.place(self._booking, fresh) or self._ledger.place(self._booking, candidates)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -390,6 +390,7 @@ class Fleet:
         call: Opens a Serve call to an Engine.
         exchange: This Router's end of the token channel, shared by its fleets.
         max_queued: Bound of what waits here beyond the engines' capacity.
+        on_missing: Called when a running replica should join the channel again.
     """
 
     def __init__(
@@ -403,9 +404,10 @@ class Fleet:
         max_queued: int,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        on_missing: Callable[[], object] = lambda: None,
     ) -> None:
         self.model, self.call, self.exchange, self.ledger, self.config = model, call, exchange, ledger, config
-        self.metrics, self.clock = metrics, clock
+        self.metrics, self.clock, self._on_missing = metrics, clock, on_missing
         self.admission = Admission(max_queued, clock=clock)
         exchange.fleets[model] = self
         self._running: frozenset[str] = frozenset()
@@ -430,11 +432,11 @@ class Fleet:
 
         One that left the set may be draining, so its streams stay: its death is told by its calls and heartbeats.
         """
-        self._running = running
-        for gone in self.replicas.keys() - running:
-            del self.replicas[gone]
+        for gone in self._running - running:
+            self.replicas.pop(gone, None)
             self.heartbeats.pop(gone, None)
             self.ledger.forget(gone)
+        self._running = running
         self._count_capacity()
 
     @property
@@ -445,6 +447,8 @@ class Fleet:
     def joined(self, description: m.EngineDescription) -> None:
         """A replica is connected to the channel."""
         if description.replica in self._running:
+            if description.replica not in self.replicas:
+                self.ledger.forget(description.replica)  # it may have been suspended
             self.replicas[description.replica] = description
             self._count_capacity()
 
@@ -467,9 +471,14 @@ class Fleet:
             self._lose_flights(replica, f"no engine step for {heartbeat.seconds_since_step:.0f} s")
 
     def lose_replica(self, replica: str, reason: str) -> None:
-        """A replica is gone: its requests go elsewhere or fail, now."""
+        """A replica cannot be heard: its requests go elsewhere now, and it gets no other until it has joined again."""
         self.heartbeats.pop(replica, None)
         self.ledger.forget(replica)
+        if replica in self._running:
+            self.ledger.suspend(replica)
+            self.replicas.pop(replica, None)
+            self._count_capacity()
+            self._on_missing()
         self._lose_flights(replica, reason)
 
     def _lose_flights(self, replica: str, reason: str) -> None:

@@ -192,6 +192,19 @@ async def test_a_replica_that_connects_anew_takes_the_place_of_its_old_connectio
     assert router.replicas == {"e1"}
 
 
+async def test_an_engine_that_was_given_up_is_told_so_and_connects_anew(ends: Ends) -> None:
+    router, engine = ends.router(), ends.engine()
+    link = await engine.link(router.address)
+    link.runs[1] = lambda reason: ends.heard.note("ended", reason)
+    (identity,) = router._peers
+    router._forget(identity)  # as after a silence that only the Router has noticed
+    link.send(m.DELTAS, [b"late"])
+    await ends.heard.until(lambda: any(what[0] == "ended" for what in ends.heard.noted))
+    assert ends.deltas() == []
+    assert await engine.link(router.address) is not link
+    assert router.replicas == {"e1"}
+
+
 async def test_a_second_hello_on_one_connection_changes_nothing(ends: Ends) -> None:
     router = ends.router()
     bare = await dealer(ends, router, hello(router, "e1"))

@@ -679,6 +679,32 @@ async def test_a_hung_replica_gets_no_new_request_while_there_is_another(house: 
     await landed(*flights)
 
 
+async def test_while_all_replicas_are_hung_a_request_waits_for_another(house: House) -> None:
+    for replica in house.candidates:
+        house.fleet.on_heartbeat(beat(replica, unfinished=1, seconds_since_step=61))
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset({"e3"}))
+    assert ticket.rank(house.candidates) == []
+    assert ticket.rank([*house.candidates, "e3"]) == ["e3"], "it failed this request, and is better than a hung one"
+    ticket._booking.release()
+
+
+async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again(house: House) -> None:
+    missing = Recorder()
+    house.fleet._on_missing = lambda: missing.note("missing")
+    house.fleet.set_replicas(frozenset(house.candidates))
+    descriptions = [m.EngineDescription(replica, 2048, 16, ("generate",), 0, 1, ()) for replica in house.candidates]
+    for description in descriptions:
+        house.fleet.joined(description)
+    house.fleet.lose_replica("e1", "it is silent")
+    assert (house.fleet.missing, missing.noted) == ({"e1"}, ["missing"])
+    assert house.fleet.admission.capacity == 16
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset())
+    assert ticket.rank(["e1", "e2"]) == ["e2"]
+    house.fleet.joined(descriptions[0])
+    assert set(ticket.rank(["e1", "e2"])) == {"e1", "e2"}
+    ticket._booking.release()
+
+
 async def test_a_replica_that_steps_again_gets_requests_again(house: House) -> None:
     house.candidates = ["e1"]
     house.fleet.on_heartbeat(beat("e1", unfinished=1, seconds_since_step=61))
