@@ -55,6 +55,10 @@ class RouterConfig(_Frozen):
     max_queued_requests: int = Field(
         512, ge=0, description="Requests one Router holds per model beyond what its running engines can work on."
     )
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="Deadline of each request; a client may ask for less in `x-request-timeout-seconds`."
+    )
+    max_unread_s: float = Field(60.0, gt=0, description="A client that leaves its answer unread this long is cut off.")
     fleet: FleetConfig = FleetConfig()
 
 

@@ -104,6 +104,8 @@ class Router:
             },
             max_body_bytes=self._config.router.max_body_bytes,
             mounted=self._mounted(),
+            request_timeout_s=self._config.router.request_timeout_s,
+            max_unread_s=self._config.router.max_unread_s,
             count=lambda path, status: self._metrics.inc("router_http_requests", path=path, status=str(status)),
         )
 

@@ -9,6 +9,7 @@ Source: `vllm/v1/engine/async_llm.py` (`add_request`, `generate`, `encode`).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from copy import copy
 from http import HTTPStatus
@@ -319,6 +320,15 @@ class FleetClient(EngineClient):
             tied=self._tied,
         )
         flight = self._fleet.start(submission, reservation)
+
+        def give_up(error: PublicError) -> None:
+            flight.close()
+            submission.fail(error)
+
+        scope = request_scope.current()
+        timer: asyncio.TimerHandle | None = None
+        if scope is not None and scope.deadline is not None:
+            timer = asyncio.get_running_loop().call_at(scope.deadline[0], give_up, scope.deadline[1])
         try:
             finished = False
             while not finished:
@@ -327,6 +337,8 @@ class FleetClient(EngineClient):
                 yield output
         finally:
             # Reached by a finished answer, a client that hung up, and a generator that was dropped alike.
+            if timer is not None:
+                timer.cancel()
             flight.close()
             submission.abort()
 

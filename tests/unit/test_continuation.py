@@ -22,7 +22,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
-from deployments.errors import EngineFailure, EngineUnavailable
+from deployments import request_scope
+from deployments.errors import EngineFailure, EngineUnavailable, RequestTimeout
 from deployments.seam import continuation
 from deployments.seam.args import frontend_config, parse_args
 from deployments.seam.engine_client import FleetClient, PublicHTTPError, RequestSubmission
@@ -78,8 +79,10 @@ class StubEngine:
 
 
 class StubFlight:
+    closed = False
+
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 class Stage:
@@ -96,7 +99,8 @@ class Stage:
 
     def start(self, submission: RequestSubmission, reservation: Any) -> StubFlight:
         self._taken.put_nowait(submission)
-        return StubFlight()
+        self.flight = StubFlight()
+        return self.flight
 
     def tokens(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
@@ -362,6 +366,18 @@ async def test_an_answer_whose_state_is_torn_does_not_go_on(stage: Stage) -> Non
     submission.fail(raised.value)
     with pytest.raises(PublicHTTPError):
         await collecting
+
+
+async def test_at_its_deadline_a_generation_ends_in_an_error_of_its_own_api(stage: Stage) -> None:
+    outputs: list[RequestOutput] = []
+    with request_scope.request_scope((asyncio.get_running_loop().time() + 0.05, RequestTimeout("Too late."))):
+        submission, collecting = await stage.ask(sampling(), outputs)
+    submission.deliver(EngineCoreOutput("0", [1000]), None)
+    with pytest.raises(PublicHTTPError, match="Too late") as raised:
+        await asyncio.wait_for(collecting, 10)
+    assert raised.value.error.status == 408
+    assert len(outputs) == 1
+    assert stage.flight.closed, "its place in the engine is free"
 
 
 async def test_pooling_and_prompt_embeddings_are_named() -> None:
