@@ -197,10 +197,12 @@ class House:
         victim.send_signal(number)
         return victim
 
-    async def whole(self, since: float) -> float:
-        """Wait until all engines are known to the Router and answer; return how long that took."""
+    async def whole(self, since: float, victim: psutil.Process | None = None) -> float:
+        """Wait until what was hit is gone and the Router knows all engines; return how long that took."""
         while time.monotonic() - since < BACK_WITHIN_S:
-            if await asyncio.to_thread(self._engines) == ENGINES == len(self.processes("VLLM::EngineCore")):
+            if (victim is None or is_gone(victim)) and await asyncio.to_thread(self._engines) == ENGINES == len(
+                self.processes("VLLM::EngineCore")
+            ):
                 return time.monotonic() - since
             await asyncio.sleep(0.5)
         raise NotBack(f"not whole again within {BACK_WITHIN_S:.0f} s")
@@ -223,6 +225,14 @@ class House:
             ):
                 found[how[1]] += int(float(line.rsplit(" ", 1)[1]))
         return found
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Return whether a process has ended."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class Strike:
@@ -322,7 +332,7 @@ async def run(
         judge(row, answers, undisturbed, moment)
         if fault == "silence":  # it would wake up, or be replaced after three health checks of 30 s
             strike.victim.kill()
-        row.whole_again_s = max(row.whole_again_s, await house.whole(moment))
+        row.whole_again_s = max(row.whole_again_s, await house.whole(moment, strike.victim))
         if fault != "router":  # which takes its counts with it
             await asyncio.sleep(METRICS_LAG_S)
             gained = await asyncio.to_thread(house.recovered) - before

@@ -89,6 +89,35 @@ def test_a_client_that_hangs_up_while_its_request_waits_frees_its_place(pair: St
     wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
 
 
+def test_a_client_that_hangs_up_before_the_first_token_frees_its_place(pair: Stubs) -> None:
+    order = orders.give(pair.folder, "pair", orders.HANG)
+    with pytest.raises(requests.Timeout):
+        requests.post(
+            f"{pair.url}/v1/completions",
+            json={"model": "pair", "prompt": "one", "max_tokens": 40, "stream": True},
+            timeout=2,
+        )
+    assert not order.exists(), "the engine never had it"
+    wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
+
+
+def test_a_deadline_before_the_first_byte_is_answered_in_openais_shape_and_not_by_serve(pair: Stubs) -> None:
+    answer = pair.ask("pair", tokens=4000, timeout_s=2)
+    assert answer.status_code == 408
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("timeout_error", "request_timeout")
+    wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
+
+
+def test_a_deadline_ends_a_stream_with_an_error_event(pair: Stubs) -> None:
+    said = list(events(pair.ask("pair", tokens=4000, stream=True, timeout_s=3)))
+    assert words(said)
+    (error,) = [event["error"] for event in said if "error" in event]
+    assert "was not finished within 3 s" in error["message"]
+    assert said[-1] == "[DONE]"
+    wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
+
+
 def test_an_engine_that_dies_before_the_first_token_costs_the_client_nothing(pair: Stubs) -> None:
     order = orders.give(pair.folder, "pair", orders.DIE_FIRST)
     before = set(pair.notes("pair"))
