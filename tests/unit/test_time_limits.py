@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import uvicorn
 
 from deployments import request_scope
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
@@ -134,6 +136,37 @@ async def test_a_client_that_does_not_read_is_cut_off() -> None:
     counted: list[tuple[str, int]] = []
     await ask(app, send=send, counted=counted, max_unread_s=0.05)
     assert len(taken) == 2, "nothing more is sent to it"
+    assert (app.ended, counted) == ("cancelled", [(PATHS[0], 499)])
+
+
+async def test_a_client_that_does_not_read_its_socket_is_cut_off() -> None:
+    """By uvicorn, which Serve's replicas use: its `send` waits while the client's buffers are full."""
+    endless = {"type": "http.response.body", "body": b"x" * 2**16, "more_body": True}
+    app = StubApp({"type": "http.response.start", "status": 200, "headers": SSE}, *[endless] * 1000)
+    counted: list[tuple[str, int]] = []
+    over = asyncio.Event()
+
+    async def resolve(name: str) -> App | None:
+        return app
+
+    def count(*what: Any) -> None:
+        counted.append(what)
+        over.set()
+
+    dispatcher = Dispatcher(resolve, ["m"], PATHS, {}, max_body_bytes=1000, max_unread_s=0.2, count=count)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(dispatcher, lifespan="off", log_level="error"))
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=2**10)
+    try:
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-length: 2\r\n\r\n{}")
+        async with asyncio.timeout(LIMIT_S):
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+            await over.wait()
+    finally:
+        writer.transport.abort()
+        server.should_exit = True
+        await serving
     assert (app.ended, counted) == ("cancelled", [(PATHS[0], 499)])
 
 
