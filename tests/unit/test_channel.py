@@ -334,6 +334,18 @@ async def test_a_silent_engine_is_reported_gone(ends: Ends) -> None:
     assert router.replicas == {"alive"}
 
 
+async def test_after_a_pause_of_its_own_a_router_listens_before_it_calls_anybody_silent(ends: Ends) -> None:
+    router, engine = ends.router(config=CONFIG.model_copy(update={"heartbeat_interval_s": 5})), ends.engine()
+    await engine.link(router.address)
+    ends.clock.now += 60
+    router._ping_all()
+    assert router.replicas == {"e1"}
+    beats = len(ends.heard.noted)
+    await ends.heard.until(lambda: len(ends.heard.noted) > beats)
+    router._ping_all()
+    assert router.replicas == {"e1"}
+
+
 async def test_an_engine_whose_connection_is_closed_is_reported_gone_before_it_counts_as_silent(ends: Ends) -> None:
     router, engine = ends.router(), ends.engine()
     await engine.link(router.address)
