@@ -118,12 +118,13 @@ class Server(ABC):
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         log = self.folder / f"{self.name}.log"
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         begin = time.monotonic()
         with open(log, "wb") as file:
             self._process = subprocess.Popen(
                 self.command(port),
                 cwd=ROOT,
-                env={**os.environ, **self.settings.environment},
+                env={**os.environ, **self.settings.environment, "PYTHONPATH": path},  # this tree, whatever is installed
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -6,6 +6,7 @@ Two replicas, one Router, greedy decoding in float32. `make chaos` does the same
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ import requests
 import yaml
 
 from models import tiny_random
-from tests.e2e.serving import Served, serving
+from tests.e2e.serving import ROOT, Served, serving
 from tests.e2e.test_engine_loss import gone, named, wait_for
 
 LIMIT_S = 240
@@ -127,8 +128,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     }
     config = Path(folder / "config.yaml")
     config.write_text(yaml.safe_dump({"applications": [application]}))
-    with serving(config, tmp_path_factory.mktemp("state")) as served:
-        yield Fleet(served)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
+        with serving(config, tmp_path_factory.mktemp("state")) as served:
+            yield Fleet(served)
 
 
 @pytest.fixture(scope="module")
