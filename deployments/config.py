@@ -26,7 +26,13 @@ class _Frozen(BaseModel):
 class FleetConfig(_Frozen):
     """Bounds and timeouts of the path between the Router and its engines."""
 
-    max_attempts: int = Field(3, ge=1, description="How often one request may be placed before it fails.")
+    max_attempts: int = Field(
+        3, ge=1, description="How often in a row one request may be placed without getting a token further."
+    )
+    max_engine_failures: int = Field(
+        10, ge=1, description="How many engine failures one request may meet in all, however far it gets between them."
+    )
+    retry_delay_s: float = Field(1.0, ge=0, description="Before a request is placed for the third time in a row.")
     connect_timeout_s: float = Field(10.0, gt=0, description="An engine gives up on a Router it cannot reach.")
     completeness_timeout_s: float = Field(
         5.0, gt=0, description="After an engine says 'end', how long its last deltas may still be on their way."
@@ -49,6 +55,10 @@ class RouterConfig(_Frozen):
     max_queued_requests: int = Field(
         512, ge=0, description="Requests one Router holds per model beyond what its running engines can work on."
     )
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="Deadline of each request; a client may ask for less in `x-request-timeout-seconds`."
+    )
+    max_unread_s: float = Field(60.0, gt=0, description="A client that leaves its answer unread this long is cut off.")
     fleet: FleetConfig = FleetConfig()
 
 

@@ -10,11 +10,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
+from deployments.errors import PublicError
+
 
 class RequestScope:
-    """Things kept by name until the request ends, and what must happen then."""
+    """Things kept by name until the request ends, and what must happen then.
 
-    def __init__(self) -> None:
+    Attributes:
+        deadline: When the request must end, by the event loop's clock, and with which error.
+    """
+
+    def __init__(self, deadline: tuple[float, PublicError] | None = None) -> None:
+        self.deadline = deadline
         self.kept: dict[str, Any] = {}
         self._at_end: list[Callable[[], None]] = []
 
@@ -35,9 +42,9 @@ def current() -> RequestScope | None:
 
 
 @contextmanager
-def request_scope() -> Iterator[RequestScope]:
+def request_scope(deadline: tuple[float, PublicError] | None = None) -> Iterator[RequestScope]:
     """Open a scope for one HTTP request."""
-    scope = RequestScope()
+    scope = RequestScope(deadline)
     token = _current.set(scope)
     try:
         yield scope

@@ -13,6 +13,7 @@ PURE = (
     "deployments.errors",
     "deployments.messages",
     "deployments.dispatch",
+    "deployments.time_limits",
     "deployments.metrics",
     "deployments.fleet.placement",
     "deployments.fleet.admission",
