@@ -163,13 +163,21 @@ class Groundswell(Server):
         settings: Of its engine.
         folder: For its log and configuration.
         further_models: Models beside the first, which start no engine unless they are asked.
+        router: More of the Router's configuration.
     """
 
     name = "groundswell"
 
-    def __init__(self, settings: EngineSettings, folder: Path, *, further_models: int = 0) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        folder: Path,
+        *,
+        further_models: int = 0,
+        router: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(settings, folder)
-        self._further_models = further_models
+        self._further_models, self._router = further_models, router or {}
 
     def command(self, port: int) -> list[str]:
         model = {
@@ -187,7 +195,7 @@ class Groundswell(Server):
             "name": "groundswell",
             "route_prefix": "/",
             "import_path": "deployments.app:build",
-            "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}}},
+            "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}, **self._router}},
         }
         config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
         path = self.folder / "groundswell.yaml"

@@ -63,6 +63,9 @@ class RouterConfig(_Frozen):
     max_queued_requests: int = Field(
         512, ge=0, description="Requests one Router holds per model beyond what its running engines can work on."
     )
+    max_queue_wait_s: float = Field(
+        10.0, gt=0, description="Requests that would wait longer for an engine, at its present pace, get 429."
+    )
     fleet: FleetConfig = FleetConfig()
 
 

@@ -287,6 +287,7 @@ class _Model:
             Ledger(rng=random.Random()),
             config.router.fleet,
             max_queued=config.router.max_queued_requests,
+            max_queue_wait_s=config.router.max_queue_wait_s,
             metrics=metrics,
         )
         # By time of day, which Routers on several nodes share.

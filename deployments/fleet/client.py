@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -361,6 +362,7 @@ class Fleet:
         call: Opens a Serve call to an Engine.
         exchange: This Router's end of the token channel, shared by its fleets.
         max_queued: Bound of what waits here beyond the engines' capacity.
+        max_queue_wait_s: Bound of how long that takes.
     """
 
     def __init__(
@@ -372,12 +374,13 @@ class Fleet:
         config: FleetConfig,
         *,
         max_queued: int,
+        max_queue_wait_s: float = math.inf,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.call, self.exchange, self.ledger, self.config = model, call, exchange, ledger, config
         self.metrics, self.clock = metrics, clock
-        self.admission = Admission(max_queued, clock=clock)
+        self.admission = Admission(max_queued, max_wait_s=max_queue_wait_s, clock=clock)
         exchange.fleets[model] = self
         self._running: frozenset[str] = frozenset()
         self.replicas: dict[str, m.EngineDescription] = {}
