@@ -12,6 +12,8 @@ PURE = (
     "deployments.config",
     "deployments.errors",
     "deployments.messages",
+    "deployments.access.fair_share",
+    "deployments.access.gate",
     "deployments.dispatch",
     "deployments.time_limits",
     "deployments.metrics",
