@@ -129,6 +129,8 @@ def _router_defaults() -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 0},
         # Serve's default of 5 would queue silently; what a Router takes is decided by `Fleet.check_admission`.
         "max_ongoing_requests": 10_000,
+        # In a rollout the new ones come before the old ones go: with Serve's 0, a lone Router would leave nobody.
+        "max_surge_percent": 100,
         "autoscaling_config": {
             "min_replicas": 1,
             "max_replicas": 4,
@@ -162,6 +164,8 @@ def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus} if gpu else {"num_cpus": 0.5},
         # An engine's batch, and a little to draw from; the rest waits in the Router, where new replicas can take it.
         "max_ongoing_requests": max_num_seqs + max(4, max_num_seqs // 8),
+        # One new replica, or a quarter of them, before an old one goes. Where no GPU is spare this must be 0.
+        "max_surge_percent": 25,
         "autoscaling_config": {
             "min_replicas": 1,
             "max_replicas": 4,

@@ -1,6 +1,6 @@
-"""The command line: `groundswell serve serve_config.yaml` on this machine, `groundswell key new` for an API key.
+"""`groundswell`: `serve` a config on this machine, make an API `key`; `ingest`, `search`, `ask`: use a running server.
 
-Exit codes: 0 after Ctrl-C, 1 with one sentence on stderr if it cannot start, 2 for wrong usage.
+Exit codes: 0 after Ctrl-C or when all went well, 1 with one sentence on stderr if it did not, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from deployments import documents_cli
 from deployments.access import keys
 from deployments.errors import ConfigError
 from deployments.launch import preflight, supervisor
@@ -21,11 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return int(options.run(options) or 0)
     except (preflight.CannotStart, ConfigError, OSError) as problem:
         print(f"groundswell: {problem}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (about 1 GB of memory)")
     serve.add_argument("--verbose", action="store_true", help="show the logs of all processes")
     serve.set_defaults(run=_serve)
+    documents_cli.add_commands(commands)
     key = commands.add_parser("key", help="make an API key").add_subparsers(required=True, metavar="COMMAND")
     new = key.add_parser("new", help="print a new key, and the hash that the server keeps of it")
     new.add_argument("--name", required=True, type=_name, help="whose it is; one name may have several keys")

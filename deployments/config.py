@@ -26,7 +26,13 @@ class _Frozen(BaseModel):
 class FleetConfig(_Frozen):
     """Bounds and timeouts of the path between the Router and its engines."""
 
-    max_attempts: int = Field(3, ge=1, description="How often one request may be placed before it fails.")
+    max_attempts: int = Field(
+        3, ge=1, description="How often in a row one request may be placed without getting a token further."
+    )
+    max_engine_failures: int = Field(
+        10, ge=1, description="How many engine failures one request may meet in all, however far it gets between them."
+    )
+    retry_delay_s: float = Field(1.0, ge=0, description="Before a request is placed for the third time in a row.")
     connect_timeout_s: float = Field(10.0, gt=0, description="An engine gives up on a Router it cannot reach.")
     completeness_timeout_s: float = Field(
         5.0, gt=0, description="After an engine says 'end', how long its last deltas may still be on their way."
@@ -63,6 +69,10 @@ class RouterConfig(_Frozen):
     max_queued_requests: int = Field(
         512, ge=0, description="Requests one Router holds per model beyond what its running engines can work on."
     )
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="Deadline of each request; a client may ask for less in `x-request-timeout-seconds`."
+    )
+    max_unread_s: float = Field(60.0, gt=0, description="A client that leaves its answer unread this long is cut off.")
     max_queue_wait_s: float = Field(
         10.0, gt=0, description="Requests that would wait longer for an engine, at its present pace, get 429."
     )
@@ -169,7 +179,7 @@ class DocumentsConfig(_Frozen):
     search_timeout_s: float = Field(10.0, gt=0, description="After which a search is a 503.")
     write_timeout_s: float = Field(60.0, gt=0, description="After which a call to the Indexer is a 503.")
     candidates: int = Field(50, ge=50, le=1000, description="What each leg of a search finds, before ranking.")
-    compact_after_s: float = Field(30.0, gt=0, description="Tables rest this long before they are compacted.")
+    compact_after_s: float = Field(5.0, gt=0, description="Tables rest this long before they are compacted.")
     keep_versions_s: float = Field(600.0, ge=1, description="How long old versions of tables can still be read.")
     cache_bytes: int = Field(512 * 2**20, ge=2**20, description="LanceDB's caches, in each replica.")
     indexer: dict[str, Any] = Field({}, description="Serve deployment options of the Indexer.")

@@ -5,6 +5,7 @@ Pure ASGI: knows no Ray and no vLLM. Each body is read once, bounded, and peeked
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -25,6 +26,7 @@ from deployments.errors import (
 )
 from deployments.redaction import redacted
 from deployments.request_scope import request_scope
+from deployments.time_limits import ClientStalled, Deadline, deadline, within
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -85,6 +87,8 @@ class Dispatcher:
         own: The Router's own GET paths.
         max_items: Messages, prompts, texts or tools in one request.
         mounted: Apps of their own, by the prefix of their paths; they read their bodies themselves.
+        request_timeout_s: Deadline of each request; a client may ask for less.
+        max_unread_s: How long a client may leave what is sent to it unread.
         count: Called with path and status of each finished request.
     """
 
@@ -98,6 +102,8 @@ class Dispatcher:
         max_body_bytes: int,
         max_items: int = 2048,
         mounted: Mapping[str, App] | None = None,
+        request_timeout_s: float | None = None,
+        max_unread_s: float = 60,
         count: Callable[[str, int], None] = lambda path, status: None,
     ) -> None:
         self._resolve = resolve
@@ -106,6 +112,7 @@ class Dispatcher:
         self._own = own
         self._mounted = mounted or {}
         self._max_body_bytes, self._max_items = max_body_bytes, max_items
+        self._request_timeout_s, self._max_unread_s = request_timeout_s, max_unread_s
         self._count = count
         self._decoder = msgspec.json.Decoder(_Peek)
         self._items = msgspec.json.Decoder(list[msgspec.Raw])
@@ -122,20 +129,34 @@ class Dispatcher:
         started = time.perf_counter()
         request_id = _request_id(scope)
         status = 0
+        streams = False
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
+                streams = any(
+                    name == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in message.get("headers", ())
+                )
+            else:
+                streams = streams and message.get("more_body", False)
             await send(message)
 
         path = scope["path"]
         try:
-            await self._route(scope, receive, watched)
+            limit = deadline(scope["headers"], self._request_timeout_s, asyncio.get_running_loop().time())
+            async with within(limit, watched, max_unread_s=self._max_unread_s) as bounded:
+                await self._route(scope, receive, bounded, limit)
         except PublicError as error:
-            await _respond(watched, error.status, json.dumps(error.body()).encode(), headers=error.headers())
-        except ClientGone:
+            if not status:
+                await _respond(watched, error.status, json.dumps(error.body()).encode(), headers=error.headers())
+            elif streams:
+                await watched({"type": "http.response.body", "body": last_words(path, error)})
+        except (ClientGone, ClientStalled) as gone:
             status = 499
+            if isinstance(gone, ClientStalled):
+                logger.warning("Request %s: its client has not read for %g s", request_id, self._max_unread_s)
         except Exception:
             logger.exception("Request %s failed", request_id)
             if status:
@@ -148,15 +169,16 @@ class Dispatcher:
             took_ms = 1000 * (time.perf_counter() - started)
             logger.info("%s %r %s %.0f ms", scope["method"], redacted(path), status or "aborted", took_ms)
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _route(self, scope: Scope, receive: Receive, send: Send, limit: Deadline | None) -> None:
         path, method = scope["path"], scope["method"]
+        graceful = None if limit is None else (limit.graceful, limit.error)
         if (own := self._own.get(path)) is not None:
             if method not in ("GET", "HEAD"):
                 raise MethodNotAllowed(f"{path} takes GET.")
             code, content_type, body = await own()
             return await _respond(send, code, b"" if method == "HEAD" else body, content_type=content_type)
         if (prefix := self._prefix(path)) is not None:
-            with request_scope():
+            with request_scope(deadline=graceful):
                 return await self._mounted[prefix](scope, receive, send)
         for prefix, feature in _REFUSED_PATHS:
             if path.startswith(prefix):
@@ -171,7 +193,7 @@ class Dispatcher:
             raise MethodNotAllowed(f"{path} takes POST.")
         body = await self._read(scope, receive)
         app = await self._choose(body)
-        with request_scope():
+        with request_scope(deadline=graceful):
             await app(scope, replay(body, receive), send)
 
     def _prefix(self, path: str) -> str | None:
@@ -247,6 +269,17 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
+
+
+def last_words(path: str, error: PublicError) -> bytes:
+    """Return the event that ends a stream of the API at `path` with an error, as its clients know it."""
+    if path == "/v1/messages":
+        body: dict[str, Any] = {"type": "error", "error": {"type": error.type, "message": error.message}}
+    elif path == "/v1/responses":
+        body = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    else:
+        return b"data: " + json.dumps(error.body()).encode() + b"\n\ndata: [DONE]\n\n"
+    return b"event: error\ndata: " + json.dumps(body).encode() + b"\n\n"
 
 
 async def _respond(

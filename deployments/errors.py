@@ -96,6 +96,15 @@ class NotSupportedByFleet(PublicError):
     status, type, code = 501, "not_implemented_error", "not_supported_by_fleet"
 
 
+class RequestTimeout(PublicError):
+    """The request's deadline has come. Its client set it, or we did: the same again would take as long."""
+
+    status, type, code = 408, "timeout_error", "request_timeout"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "x-should-retry": "false"}  # OpenAI's clients would try twice more
+
+
 class Overloaded(PublicError):
     """The Router holds as much work as it may: refused before any of it was done."""
 

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
+from deployments.errors import PublicError
+
 
 @dataclass
 class Caller:
@@ -30,10 +32,15 @@ class Caller:
 
 
 class RequestScope:
-    """Things kept by name until the request ends, and what must happen then."""
+    """Things kept by name until the request ends, and what must happen then.
 
-    def __init__(self, caller: Caller | None = None) -> None:
-        self.caller = caller
+    Attributes:
+        caller: Who asks.
+        deadline: When the request must end, by the event loop's clock, and with which error.
+    """
+
+    def __init__(self, caller: Caller | None = None, deadline: tuple[float, PublicError] | None = None) -> None:
+        self.caller, self.deadline = caller, deadline
         self.kept: dict[str, Any] = {}
         self._at_end: list[Callable[[], None]] = []
 
@@ -66,9 +73,11 @@ def owner() -> str | None:
 
 
 @contextmanager
-def request_scope(asking: Caller | None = None) -> Iterator[RequestScope]:
+def request_scope(
+    asking: Caller | None = None, *, deadline: tuple[float, PublicError] | None = None
+) -> Iterator[RequestScope]:
     """Open a scope for one HTTP request; one within another has the same caller."""
-    scope = RequestScope(asking or caller())
+    scope = RequestScope(asking or caller(), deadline)
     token = _current.set(scope)
     try:
         yield scope

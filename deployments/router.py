@@ -113,6 +113,8 @@ class Router:
             max_body_bytes=self._config.router.max_body_bytes,
             max_items=self._config.router.max_items,
             mounted=self._mounted(),
+            request_timeout_s=self._config.router.request_timeout_s,
+            max_unread_s=self._config.router.max_unread_s,
             count=lambda path, status: self._metrics.inc("router_http_requests", path=path, status=str(status)),
         )
         return self._guarded(dispatcher, frontend.MOUNTED)
@@ -212,10 +214,12 @@ async def _node_metrics() -> tuple[int, str, bytes]:
 class _ServeCalls:
     """Opens Serve calls to one Engine deployment, and says which of its replicas Serve runs."""
 
-    def __init__(self, handle: DeploymentHandle, on_replicas: Callable[[frozenset[str]], None]) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, on_replicas: Callable[[frozenset[str]], None], *, join_timeout_s: float
+    ) -> None:
         loop = asyncio.get_running_loop()
         watch(handle.deployment_name, lambda replicas: loop.call_soon_threadsafe(on_replicas, replicas))
-        self._handle = handle
+        self._handle, self._join_timeout_s = handle, join_timeout_s
         self._generate = handle.options(stream=True, method_name="generate")
 
     def open(self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: Ticket) -> _ServeCall:
@@ -225,10 +229,16 @@ class _ServeCalls:
         """Have all running replicas connect to the channel; return what those that could say of themselves."""
         from ray.serve.exceptions import DeploymentUnavailableError
 
+        async def answer(result: Any) -> Any:
+            async with asyncio.timeout(self._join_timeout_s):
+                return await result.get_async()
+
         try:
-            answers = await self._handle.broadcast("join", channel).results_async(return_exceptions=True)
+            # Not by `results_async`, which waits for all: one replica that is stuck would keep out the rest.
+            results = await self._handle.broadcast("join", channel)._fetch_replica_results_async()
         except DeploymentUnavailableError:
             return []
+        answers = await asyncio.gather(*map(answer, results), return_exceptions=True)
         for error in (a for a in answers if isinstance(a, Exception)):
             logger.warning("A replica of %s did not join: %s", self._handle.deployment_name, type(error).__name__)
         return [a for a in answers if isinstance(a, m.EngineDescription)]
@@ -278,8 +288,10 @@ class _Model:
         self._vllm_config = frontend_config(self._args)
         self.names = model_names(self._args)
         self._may_be_empty = (model.deployment.get("autoscaling_config") or {}).get("min_replicas") == 0
-        self._channel = exchange.channel.address
-        self._calls = _ServeCalls(handle, self._on_replicas)
+        self._exchange, self._channel = exchange, exchange.channel.address
+        self._calls = _ServeCalls(
+            handle, self._on_replicas, join_timeout_s=config.router.fleet.connect_timeout_s + _JOIN_RETRY_S
+        )
         self.fleet = Fleet(
             model.name,
             self._calls.open,
@@ -289,6 +301,7 @@ class _Model:
             max_queued=config.router.max_queued_requests,
             max_queue_wait_s=config.router.max_queue_wait_s,
             metrics=metrics,
+            on_missing=self._join_missing,
         )
         # By time of day, which Routers on several nodes share.
         fair_share = FairShare(clock=time.time) if self._args.scheduling_policy == "priority" else None
@@ -345,6 +358,9 @@ class _Model:
     def _on_replicas(self, replicas: frozenset[str]) -> None:
         """Serve's set of running replicas changed."""
         self.fleet.set_replicas(replicas)
+        self._join_missing()
+
+    def _join_missing(self) -> None:
         if self._joining is None or self._joining.done():
             self._joining = asyncio.get_running_loop().create_task(self._join())
 
@@ -353,7 +369,8 @@ class _Model:
         while self.fleet.missing:
             try:
                 for description in await self._calls.join(self._channel):
-                    self.fleet.joined(description)
+                    if description.replica in self._exchange.channel.replicas:  # or it means a connection we dropped
+                        self.fleet.joined(description)
                     await self._build(description)
             except Exception:
                 logger.exception("Replicas of %s could not be joined to the token channel", self.name)

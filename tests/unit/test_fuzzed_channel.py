@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -20,7 +20,7 @@ from vllm.v1.engine import EngineCoreOutput
 
 from deployments import messages as m
 from deployments.config import FleetConfig
-from deployments.errors import PublicError
+from deployments.errors import EngineUnavailable, PublicError
 from deployments.fleet.channel import EngineEnd, Link
 from deployments.fleet.client import Exchange, Fleet, Flight
 from deployments.fleet.placement import Ledger
@@ -45,7 +45,13 @@ class Submission:
     tokens: list[int] = field(default_factory=list)
     error: PublicError | None = None
     finished: bool = False
-    restartable: bool = False
+
+    @property
+    def progress(self) -> int:
+        return len(self.tokens)
+
+    def recover(self) -> Literal["restarted", "continued", "finished"]:
+        raise EngineUnavailable("It cannot go on.")
 
     def encode(self) -> list[bytes]:
         return [b"request"]
@@ -118,8 +124,9 @@ class House:
         return [m.DELTAS, *frames]
 
     async def undisturbed(self) -> None:
-        mine = self.submission
-        await self.heard.until(lambda: len(mine.tokens) >= self.sequence or mine.error is not None)
+        await self.heard.until(
+            lambda: len(self.submission.tokens) >= self.sequence or self.submission.error is not None
+        )
         assert self.submission.error is None
         assert self.submission.tokens == list(range(self.sequence))
 
