@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from deployments import messages as m
+from deployments import request_scope
 from deployments.config import FleetConfig
 from deployments.errors import BadRequest, EngineFailure, EngineUnavailable, PublicError
 from deployments.fleet.admission import Admission, Reservation
@@ -426,8 +427,9 @@ class Fleet:
 
     def admit(self, n: int) -> Reservation:
         """Let `n` sequences of a request in, or raise `Overloaded`."""
+        caller = request_scope.caller()
         try:
-            return self.admission.reserve(n)
+            return self.admission.reserve(n, None if caller is None else caller.name)
         except PublicError:
             self.metrics.inc("fleet_rejected_requests", model=self.model)
             raise
