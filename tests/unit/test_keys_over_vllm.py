@@ -84,6 +84,15 @@ async def test_what_runs_no_engine_costs_no_tokens(house: House) -> None:
     assert await house.remaining() == 100_000
 
 
+async def test_a_prompt_longer_than_the_model_takes_is_vllms_400_and_starts_nothing(house: House) -> None:
+    for words in (3000, 150_000):
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "word " * words}], "stream": True}
+        answer = await house.http.post(CHAT, json=body)
+        assert answer.status_code == 400, words
+        assert "2048" in answer.json()["error"]["message"]
+    assert house.fleet.flights == []
+
+
 async def test_a_limited_key_hears_of_it_before_a_stream_starts(house: House) -> None:
     await house.http.post(CHAT, json=QUESTION)
     house.gate._keys = Keys([KeyEntry(name="ann", sha256=hash_of(KEY), requests_per_minute=1)])
