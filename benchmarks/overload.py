@@ -165,8 +165,16 @@ def percentile(values: list[float], share: float) -> float:
 
 def table(phases: dict[str, Phase]) -> str:
     """Return the phases as a table."""
-    widths = {"req/s": 8, "goodput tok/s": 15, "rejected": 10, "TTFT p50": 10, "p99": 8, "retry-after": 13, "broken": 8}
-    lines = [f"{'load':<10}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
+    columns = {
+        "req/s": 8,
+        "goodput tok/s": 15,
+        "rejected": 10,
+        "TTFT p50": 10,
+        "p99": 8,
+        "retry-after": 13,
+        "broken": 8,
+    }
+    lines = [f"{'load':<10}" + "".join(f"{name:>{width}}" for name, width in columns.items())]
     for name, phase in phases.items():
         p50, p99 = percentile(phase.ttft_s, 0.5), percentile(phase.ttft_s, 0.99)
         retry = percentile(phase.retry_after_s, 0.5)

@@ -124,8 +124,9 @@ class House:
         return [m.DELTAS, *frames]
 
     async def undisturbed(self) -> None:
-        mine = self.submission
-        await self.heard.until(lambda: len(mine.tokens) >= self.sequence or mine.error is not None)
+        await self.heard.until(
+            lambda: len(self.submission.tokens) >= self.sequence or self.submission.error is not None
+        )
         assert self.submission.error is None
         assert self.submission.tokens == list(range(self.sequence))
 
