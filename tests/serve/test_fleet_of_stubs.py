@@ -91,13 +91,9 @@ def test_a_client_that_hangs_up_while_its_request_waits_frees_its_place(pair: St
 
 def test_a_client_that_hangs_up_before_the_first_token_frees_its_place(pair: Stubs) -> None:
     order = orders.give(pair.folder, "pair", orders.HANG)
-    with pytest.raises(requests.Timeout):
-        requests.post(
-            f"{pair.url}/v1/completions",
-            json={"model": "pair", "prompt": "one", "max_tokens": 40, "stream": True},
-            timeout=2,
-        )
-    assert not order.exists(), "the engine never had it"
+    answer = pair.ask("pair", tokens=40, stream=True)
+    wait_for(lambda: not order.exists(), "an engine has it")
+    answer.close()
     wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
 
 
