@@ -166,6 +166,7 @@ class Groundswell(Server):
         further_models: Models beside the first, which start no engine unless they are asked.
         engines: Replicas of the first; on a GPU they share it.
         fleet: Bounds and timeouts other than the defaults.
+        router: More of the Router's configuration.
     """
 
     name = "groundswell"
@@ -178,9 +179,11 @@ class Groundswell(Server):
         further_models: int = 0,
         engines: int = 1,
         fleet: Mapping[str, float] | None = None,
+        router: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(settings, folder)
-        self._further_models, self._engines, self._fleet = further_models, engines, dict(fleet or {})
+        self._further_models, self._engines = further_models, engines
+        self._router = {"fleet": dict(fleet or {}), **(router or {})}
 
     def command(self, port: int) -> list[str]:
         model = {
@@ -198,7 +201,7 @@ class Groundswell(Server):
             "name": "groundswell",
             "route_prefix": "/",
             "import_path": "deployments.app:build",
-            "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}, "fleet": self._fleet}},
+            "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}, **self._router}},
         }
         config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
         path = self.folder / "groundswell.yaml"

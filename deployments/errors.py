@@ -51,6 +51,15 @@ class BadRequest(PublicError):
     status, type = 400, "invalid_request_error"
 
 
+class Unauthorized(PublicError):
+    """No key, or none of ours. Never says which part of it was wrong."""
+
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "www-authenticate": "Bearer"}
+
+
 class NotFound(PublicError):
     status, type = 404, "invalid_request_error"
 
@@ -65,6 +74,20 @@ class MethodNotAllowed(PublicError):
 
 class PayloadTooLarge(PublicError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class HeadersTooLarge(PublicError):
+    status, type, code = 431, "invalid_request_error", "request_headers_too_large"
+
+
+class RateLimited(PublicError):
+    """A key has used what it may; `type` says of what, as OpenAI does."""
+
+    status, type, code = 429, "requests", "rate_limit_exceeded"
+
+
+class TokensLimited(RateLimited):
+    type = "tokens"
 
 
 class NotSupportedByFleet(PublicError):

@@ -59,6 +59,10 @@ METRICS: Final[Mapping[str, Metric]] = {
     "retriever_searches": Metric("counter", "Searches by how they ended.", ("outcome",)),
     "retriever_stage_seconds": Metric("histogram", "Time of each stage of a search.", ("stage",)),
     "retriever_hits": Metric("counter", "Passages found and returned."),
+    "retriever_open_tables": Metric("gauge", "Tables a Retriever keeps open."),
+    "router_refused_requests": Metric("counter", "Requests refused before anything was looked at.", ("reason",)),
+    "router_key_requests": Metric("counter", "Requests by key and status.", ("key", "status")),
+    "router_key_tokens": Metric("counter", "Tokens of prompts and answers, by key.", ("key",)),
     "router_http_requests": Metric("counter", "HTTP requests by path and status.", ("path", "status")),
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -50,6 +51,8 @@ class Submission(Protocol):
 
     request_id: str
     sequences: int
+    order: tuple[int, float]
+    """Smaller goes first among those that wait for an engine; equals in the order they came."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -95,8 +98,10 @@ class Ticket:
     becomes None: engines have no use for it.
     """
 
-    def __init__(self, ledger: Ledger, booking: Booking, avoid: frozenset[str]) -> None:
-        self._ledger, self._booking, self._avoid = ledger, booking, avoid
+    def __init__(
+        self, ledger: Ledger, booking: Booking, avoid: frozenset[str], order: tuple[int, float] = (0, 0.0)
+    ) -> None:
+        self._ledger, self._booking, self._avoid, self.order = ledger, booking, avoid, order
 
     def rank(self, candidates: list[str]) -> list[str]:
         """Return replica ids, best first; those that have failed this request only where there is no other."""
@@ -197,7 +202,7 @@ class Flight:
             self._submission.encode(),
             fleet.exchange.channel.address,
             self.stream,
-            Ticket(fleet.ledger, self._booking, self._failed_replicas),
+            Ticket(fleet.ledger, self._booking, self._failed_replicas, self._submission.order),
         )
         messages = self._messages(call)
         fleet.exchange.flights[self.stream] = self
@@ -279,6 +284,9 @@ class Flight:
             return
         if self._execution is None:
             self._execution, self.replica = delta.execution, replica
+        if replica != self.replica or delta.sequence < self._next_sequence:
+            # Another's, or said before: it takes nothing from this stream, so it must not end it either.
+            return self._fleet.metrics.inc("channel_dropped_messages", reason="foreign")
         if delta.execution != self._execution:
             return self.lose("deltas of another execution arrived")
         if delta.sequence != self._next_sequence:
@@ -391,6 +399,7 @@ class Fleet:
         exchange: This Router's end of the token channel, shared by its fleets.
         max_queued: Bound of what waits here beyond the engines' capacity.
         on_missing: Called when a running replica should join the channel again.
+        max_queue_wait_s: Bound of how long that takes.
     """
 
     def __init__(
@@ -402,13 +411,14 @@ class Fleet:
         config: FleetConfig,
         *,
         max_queued: int,
+        max_queue_wait_s: float = math.inf,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         on_missing: Callable[[], object] = lambda: None,
     ) -> None:
         self.model, self.call, self.exchange, self.ledger, self.config = model, call, exchange, ledger, config
         self.metrics, self.clock, self._on_missing = metrics, clock, on_missing
-        self.admission = Admission(max_queued, clock=clock)
+        self.admission = Admission(max_queued, max_wait_s=max_queue_wait_s, clock=clock)
         exchange.fleets[model] = self
         self._running: frozenset[str] = frozenset()
         self.replicas: dict[str, m.EngineDescription] = {}

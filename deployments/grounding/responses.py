@@ -55,8 +55,10 @@ def messages_of(body: Body) -> list[Body]:
 
 
 def put(body: Body, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Put a conversation back into its request, in place of input and instructions."""
+    """Put a conversation back into its request: what is in front and no item of the input becomes its instructions."""
     body.pop("instructions", None)
+    if messages[0]["role"] == "system" and "item" not in messages[0]:
+        body["instructions"], messages = messages[0]["content"], messages[1:]
     body["input"] = [_item(message) for message in messages]
 
 

@@ -48,6 +48,8 @@ def defaults(run_folder: Path) -> dict[str, str]:
         "RAY_worker_niceness": "0",
         # The controller looks at everything ten times a second unless told otherwise: 7% of a core.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        # A thread carries hundreds of thousands of events a second; more of them would only take turns on few cores.
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 4))),
         # No balancer elsewhere has to notice that a replica leaves.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
         # A reload of HAProxy must not cut a stream that the old worker still carries.

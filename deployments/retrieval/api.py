@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -23,11 +24,13 @@ from starlette.types import Message, Receive, Scope
 
 from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, MethodNotAllowed, NotFound, Overloaded, PayloadTooLarge, PublicError
+from deployments.retrieval.batching import MESSAGE_BYTES, batches
 from deployments.retrieval.filters import checked_attributes
-from deployments.retrieval.ingestion import Attachment
 from deployments.retrieval.records import (
+    Attachment,
     Attributes,
     Batch,
+    Chunk,
     Chunking,
     File,
     FileCounts,
@@ -48,7 +51,7 @@ STATUSES: Final = ("in_progress", "completed", "failed", "cancelled")
 MAX_BATCH_FILES: Final = 2000
 
 _ALL_METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
-_PIECE_BYTES: Final = 4 * 2**20
+_FILES_A_MESSAGE: Final = 1000
 _FORM_OVERHEAD_BYTES: Final = 2**20
 _MAX_NAME_CHARS: Final = 255
 _MAX_METADATA: Final = (16, 64, 512)
@@ -76,7 +79,9 @@ class IndexerApi(Protocol):
     async def update_store(self, owner: str | None, store_id: str, changes: Mapping[str, Any]) -> VectorStore: ...
     async def delete_store(self, owner: str | None, store_id: str) -> None: ...
     async def attach(self, owner: str | None, store_id: str, attachment: Attachment) -> VectorStoreFile: ...
-    async def attach_batch(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> Batch: ...
+    async def attach_batch(
+        self, owner: str | None, store_id: str, attachments: Sequence[Attachment], batch_id: str | None = None
+    ) -> Batch: ...
     async def set_attributes(
         self, owner: str | None, store_id: str, file_id: str, attributes: Attributes
     ) -> VectorStoreFile: ...
@@ -102,7 +107,7 @@ class RetrieverApi(Protocol):
     ) -> Page[VectorStoreFile]: ...
     async def member(self, owner: str | None, store_id: str, file_id: str) -> VectorStoreFile: ...
     async def batch(self, owner: str | None, store_id: str, batch_id: str) -> tuple[Batch, FileCounts]: ...
-    async def text(self, owner: str | None, store_id: str, file_id: str) -> list[str]: ...
+    async def chunks(self, owner: str | None, store_id: str, file_id: str, first: int) -> list[Chunk]: ...
     async def search(
         self,
         owner: str | None,
@@ -303,7 +308,7 @@ class _Api:
         file_id = await self._indexer.begin_upload(owner)
         try:
             offset = 0
-            while piece := await file.read(_PIECE_BYTES):
+            while piece := await file.read(MESSAGE_BYTES):
                 await self._indexer.upload(file_id, offset, piece)
                 offset += len(piece)
             return await self._indexer.finish_upload(file_id, _name(file.filename), str(purpose), expires_after_s)
@@ -313,8 +318,15 @@ class _Api:
 
     async def _list_files(self, request: Request) -> Response:
         page = _page(request, most=10_000, default=10_000)
-        found = await self._retriever.files(self._owner(request), page, request.query_params.get("purpose"))
-        return _list([_file(file) for file in found.data], found.has_more)
+        owner, purpose = self._owner(request), request.query_params.get("purpose")
+        files: list[File] = []
+        while True:
+            limit = min(_FILES_A_MESSAGE, page.limit - len(files))
+            found = await self._retriever.files(owner, replace(page, limit=limit), purpose)
+            files = found.data + files if page.before else files + found.data
+            if not found.has_more or len(files) == page.limit:
+                return _list([_file(file) for file in files], found.has_more)
+            page = replace(page, before=files[0].id) if page.before else replace(page, after=files[-1].id)
 
     async def _get_file(self, request: Request) -> Response:
         return JSONResponse(_file(await self._retriever.file(self._owner(request), request.path_params["file_id"])))
@@ -327,14 +339,14 @@ class _Api:
     async def _get_file_content(self, request: Request) -> Response:
         owner, file_id = self._owner(request), request.path_params["file_id"]
         file = await self._retriever.file(owner, file_id)
-        first = await self._retriever.read_file(owner, file_id, 0, _PIECE_BYTES)
+        first = await self._retriever.read_file(owner, file_id, 0, MESSAGE_BYTES)
 
         async def pieces() -> AsyncIterator[bytes]:
             piece, offset = first, 0
             while piece:
                 yield piece
                 offset += len(piece)
-                piece = await self._retriever.read_file(owner, file_id, offset, _PIECE_BYTES)
+                piece = await self._retriever.read_file(owner, file_id, offset, MESSAGE_BYTES)
 
         headers = {"content-length": str(file.bytes)}
         return StreamingResponse(pieces(), media_type="application/octet-stream", headers=headers)
@@ -450,15 +462,22 @@ class _Api:
 
     async def _get_member_content(self, request: Request) -> Response:
         params = request.path_params
-        texts = await self._retriever.text(self._owner(request), params["store_id"], params["file_id"])
-        return JSONResponse(
-            {
-                "object": "vector_store.file_content.page",
-                "data": [{"type": "text", "text": text} for text in texts],
-                "has_more": False,
-                "next_page": None,
-            }
-        )
+        place = (self._owner(request), params["store_id"], params["file_id"])
+        chunks = await self._retriever.chunks(*place, 0)
+
+        async def page() -> AsyncIterator[bytes]:
+            yield b'{"object":"vector_store.file_content.page","data":['
+            more, position, end = chunks, 0, 0
+            while more:
+                for chunk in more:
+                    if text := chunk.text[max(0, end - chunk.start) :]:  # neighbours overlap
+                        yield (b"," if end else b"") + msgspec.json.encode({"type": "text", "text": text})
+                    end = max(end, chunk.end)
+                position += len(more)
+                more = await self._retriever.chunks(*place, position)
+            yield b'],"has_more":false,"next_page":null}'
+
+        return StreamingResponse(page(), media_type="application/json")
 
     async def _attach_batch(self, request: Request) -> Response:
         body = await self._body(request, _AttachBatch)
@@ -473,7 +492,10 @@ class _Api:
         if not attachments:
             raise BadRequest("A batch has at least one file.", param="file_ids" if body.files is None else "files")
         owner, store_id = self._owner(request), request.path_params["store_id"]
-        batch = await self._indexer.attach_batch(owner, store_id, attachments)
+        batch = None
+        for some in batches(attachments, lambda a: 128 + sum(len(k) + len(str(v)) for k, v in a.attributes.items())):
+            batch = await self._indexer.attach_batch(owner, store_id, some, batch.id if batch else None)
+        assert batch is not None
         return JSONResponse(_batch(*await self._retriever.batch(owner, store_id, batch.id)))
 
     async def _get_batch(self, request: Request) -> Response:

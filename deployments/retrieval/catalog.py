@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from deployments.retrieval.blobs import Blobs
 from deployments.retrieval.filters import quoted
 from deployments.retrieval.reader import Reader, StoreGone, owned
 from deployments.retrieval.records import (
     Batch,
+    Chunk,
     File,
     FileCounts,
     FileStatus,
@@ -17,6 +20,8 @@ from deployments.retrieval.records import (
 )
 from deployments.retrieval.rules import no_batch, no_file, no_member, no_store
 from deployments.retrieval.tables import FILES, MEMBERS, STORES
+
+_CHUNKS_A_MESSAGE: Final = 16
 
 
 class Catalog:
@@ -93,19 +98,13 @@ class Catalog:
             raise no_batch(batch_id)
         return batch, (await self._reader.counts("batch_id", [batch_id]))[batch_id]
 
-    async def text(self, owner: str | None, store_id: str, file_id: str) -> list[str]:
-        """Return what was read from a file, in pieces that do not overlap."""
+    async def chunks(self, owner: str | None, store_id: str, file_id: str, first: int) -> list[Chunk]:
+        """Return some of what was read from a file, from chunk number `first` on; nothing past its end."""
         await self.member(owner, store_id, file_id)
         try:
-            chunks = await self._reader.chunks(store_id, file_id)
+            return await self._reader.chunks(store_id, file_id, first, _CHUNKS_A_MESSAGE)
         except StoreGone:
             return []  # none of its files has been indexed yet
-        pieces, end = [], 0
-        for chunk in chunks:
-            if piece := chunk.text[max(0, end - chunk.start) :]:
-                pieces.append(piece)
-            end = max(end, chunk.end)
-        return pieces
 
     async def _visible(self, owner: str | None, store_id: str) -> None:
         if await self._reader.store(owner, store_id) is None:

@@ -22,6 +22,7 @@ _IS_HEADING = re.compile(r"#{1,6} \S")
 _SENTENCES = re.compile(".+?(?:[.!?\u2026][\"'\u201d\u2019)\\]]*(?=\\s)|[\u3002\uff01\uff1f]|$)\\s*", re.DOTALL)
 _WORDS = re.compile(r"\S{1,32}\s*|\s+")
 _COUNTED_TOGETHER: Final = 4096
+_MAX_BYTES_A_TOKEN: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,9 @@ def _atoms(text: str, max_tokens: int, count: CountTokens) -> list[_Atom]:
 
     def settle() -> None:
         for (start, end, strength), tokens in zip(pending, count([text[s:e] for s, e, _ in pending]), strict=True):
-            if tokens <= max_tokens:
-                found.append(_Atom(start, end, tokens, strength))
+            counted = _at_least(text[start:end], tokens)
+            if counted <= max_tokens:
+                found.append(_Atom(start, end, counted, strength))
             else:
                 found.extend(_parts(text, start, end, strength, max_tokens, count))
         pending.clear()
@@ -117,11 +119,17 @@ def _spans(text: str) -> Iterator[tuple[int, int, int]]:
             strength = _SENTENCE
 
 
+def _at_least(text: str, tokens: int) -> int:
+    """Return the tokens, or more if they say too little of the size: to some tokenizers any long word is one."""
+    return max(tokens, len(text.encode()) // _MAX_BYTES_A_TOKEN)
+
+
 def _parts(text: str, start: int, end: int, strength: int, max_tokens: int, count: CountTokens) -> Iterator[_Atom]:
     """Yield a sentence that is too long by itself as runs of words, each short enough."""
     spans = [m.span() for m in _WORDS.finditer(text, start, end)]
     counts = count([text[s:e] for s, e in spans])
-    for (word_start, word_end), tokens in zip(spans, counts, strict=True):
+    for (word_start, word_end), counted in zip(spans, counts, strict=True):
+        tokens = _at_least(text[word_start:word_end], counted)
         if tokens <= max_tokens:
             yield _Atom(word_start, word_end, tokens, strength)
         else:  # 32 characters of more than `max_tokens`: only with a tiny limit or a strange tokenizer

@@ -22,12 +22,14 @@ import pyarrow as pa
 
 from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, DocumentsUnavailable, Overloaded
+from deployments.retrieval.batching import batches, text_bytes
 from deployments.retrieval.blobs import Blobs, BlobWriter
 from deployments.retrieval.filters import quoted
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.ports import Embed, Metrics, Vectors
 from deployments.retrieval.reader import Reader, listed
 from deployments.retrieval.records import (
+    Attachment,
     Attributes,
     Batch,
     Chunk,
@@ -40,7 +42,7 @@ from deployments.retrieval.records import (
 )
 from deployments.retrieval.rules import check_usable, no_batch, no_file, no_member, no_store
 from deployments.retrieval.sandbox import Sandbox
-from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows
+from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows, chunks_table, is_missing
 from deployments.retrieval.writer import Fenced, Writer
 
 logger = logging.getLogger("ray.serve.groundswell.indexer")
@@ -49,20 +51,11 @@ _LOOK_AHEAD_FILES: Final = 256
 _BUFFERED_PIECES: Final = 64
 _CHUNKS_A_COMMIT: Final = 2048
 _DELETED_TOGETHER: Final = 500
-_MAX_COMMITS: Final = 64
-_MAX_UNINDEXED_ROWS: Final = 20_000
+_HOUSE_KEEPING_S: Final = 10.0
+_COMPACTION_LOOK_S: Final = 1.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
 _EMBED_CALLS_AT_ONCE: Final = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """A file that is to be in a vector store; `chunking` None leaves it to us."""
-
-    file_id: str
-    attributes: Attributes = field(default_factory=dict)
-    chunking: Chunking | None = None
 
 
 @dataclass(eq=False)
@@ -146,7 +139,8 @@ class Ingestion:
     async def start(self) -> None:
         """Finish what a former run has begun, and begin to work."""
         await self._recover()
-        loops = [self._read_files] * self._config.parse_workers + [self._write_pieces, self._keep_house]
+        loops = [self._read_files] * self._config.parse_workers
+        loops += [self._write_pieces, self._keep_house, self._keep_compact]
         self._tasks = [asyncio.get_running_loop().create_task(self._forever(loop)) for loop in loops]
 
     async def close(self) -> None:
@@ -311,13 +305,19 @@ class Ingestion:
         self._wake.set()
         return member
 
-    async def attach_batch(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> Batch:
-        """Put files into a store, as one batch."""
+    async def attach_batch(
+        self, owner: str | None, store_id: str, attachments: Sequence[Attachment], batch_id: str | None = None
+    ) -> Batch:
+        """Put files into a store, as one batch; `batch_id` adds them to one that is there."""
         async with self._changing:
             store = await self._store(owner, store_id)
-            batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
+            if batch_id is None:
+                batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
+            else:
+                batch = await self._batch(store_id, batch_id)
             members = await self._members(store, attachments, batch.id)
-            await self._writer.add(BATCHES, [batch])
+            if batch_id is None:
+                await self._writer.add(BATCHES, [batch])
             await self._writer.put(MEMBERS, members)
         self._wake.set()
         return batch
@@ -403,9 +403,7 @@ class Ingestion:
         """Stop indexing the files of a batch that are not done."""
         async with self._changing:
             await self._store(owner, store_id, open_only=False)
-            batch = await self._reader.batch(store_id, batch_id)
-            if batch is None:
-                raise no_batch(batch_id)
+            batch = await self._batch(store_id, batch_id)
             await self._writer.update(BATCHES, f"id = {quoted(batch_id)}", {"cancelled": True})
             await self._finish_cancel(batch)
             return replace(batch, cancelled=True)
@@ -450,12 +448,16 @@ class Ingestion:
             raise no_member(file_id)
         return member
 
+    async def _batch(self, store_id: str, batch_id: str) -> Batch:
+        batch = await self._reader.batch(store_id, batch_id)
+        if batch is None:
+            raise no_batch(batch_id)
+        return batch
+
     # The work
 
     async def _recover(self) -> None:
-        known = {file.id for file in await self._reader.select(FILES, "true")}
-        for file_id in await self._blobs.ids() - known:
-            await self._blobs.delete(file_id)
+        await self._forget_broken_uploads()
         for file in await self._reader.select(FILES, "true", deleting=True):
             await self._finish_file(file.id)
         for store in await self._reader.select(STORES, "true", deleting=True):
@@ -470,6 +472,15 @@ class Ingestion:
         for store_id, file_ids in begun.items():
             logger.info("Going on with %d files of vector store %s", len(file_ids), store_id)
             await self._purge(store_id, file_ids)
+
+    async def _forget_broken_uploads(self) -> None:
+        known = {file.id for file in await self._reader.select(FILES, "true")}
+        strangers = await self._blobs.ids() - known
+        if strangers and not known:  # rather than bytes too many, this may be tables too few
+            logger.warning("The store has the bytes of %d files, and no record of any; they are kept", len(strangers))
+            return
+        for file_id in strangers:
+            await self._blobs.delete(file_id)
 
     async def _forever(self, loop: Callable[[], Any]) -> None:
         while not self.fenced:
@@ -603,16 +614,16 @@ class Ingestion:
         if self._embed is None or not pieces:
             return {}
         texts = [chunk.text for piece in pieces for chunk in piece.chunks]
-        size = self._config.embed_batch_texts
         at_once = asyncio.Semaphore(_EMBED_CALLS_AT_ONCE)
         embed = self._embed
 
-        async def call(first: int) -> Vectors:
+        async def call(batch: Sequence[str]) -> Vectors:
             async with at_once, asyncio.timeout(self._config.embed_timeout_s):
-                return await embed(texts[first : first + size])
+                return await embed(batch)
 
         async with self._staged("embed"):
-            made = np.concatenate(await asyncio.gather(*(call(first) for first in range(0, len(texts), size))))
+            together = batches(texts, text_bytes, most=self._config.embed_batch_texts)
+            made = np.concatenate(await asyncio.gather(*(call(batch) for batch in together)))
         vectors, first = {}, 0
         for piece in pieces:
             vectors[id(piece)] = made[first : first + len(piece.chunks)]
@@ -647,10 +658,9 @@ class Ingestion:
 
     async def _keep_house(self) -> None:
         while True:
-            await asyncio.sleep(min(5.0, self._config.compact_after_s))
             await self._end_stale_uploads()
             await self._expire()
-            await self._compact()
+            await asyncio.sleep(_HOUSE_KEEPING_S)
 
     async def _end_stale_uploads(self) -> None:
         for file_id, upload in list(self._uploads.items()):
@@ -670,18 +680,25 @@ class Ingestion:
                 await self._writer.update(STORES, f"id = {quoted(store.id)}", {"state": "expired"})
                 await self._empty_store(store.id)
 
-    async def _compact(self) -> None:
-        due = self._writer.behind(
-            idle_s=self._config.compact_after_s, max_commits=_MAX_COMMITS, max_rows=_MAX_UNINDEXED_ROWS
-        )
-        for name in due:
-            try:
-                await self._writer.compact(name, keep_versions_s=self._config.keep_versions_s)
-            except Fenced:
-                raise
-            except Exception:
-                logger.exception("Table %s could not be compacted; it is tried again", name)
-        self._metrics.set("indexer_tables_behind", self._writer.tables_behind)
+    async def _keep_compact(self) -> None:
+        for store in await self._reader.select(STORES, "state = 'open'"):  # what a former run has left to do
+            if await self._writer.unindexed(store.id):
+                await self._compact(chunks_table(store.id))
+        while True:
+            await asyncio.sleep(min(_COMPACTION_LOOK_S, self._config.compact_after_s))
+            for name in self._writer.behind(idle_s=self._config.compact_after_s):
+                await self._compact(name)
+            self._metrics.set("indexer_tables_behind", self._writer.tables_behind)
+
+    async def _compact(self, name: str) -> None:
+        try:
+            await self._writer.compact(name, keep_versions_s=self._config.keep_versions_s)
+        except Fenced:
+            raise
+        except Exception as error:
+            if is_missing(error):  # its store was deleted meanwhile
+                return
+            logger.exception("Table %s could not be compacted; it is tried again", name)
 
 
 def _failed(member: VectorStoreFile, code: ErrorCode, message: str) -> VectorStoreFile:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, DocumentsUnavailable, PublicError
+from deployments.retrieval.batching import batches, text_bytes
 from deployments.retrieval.filters import predicate
 from deployments.retrieval.fusion import best, bm25_score, cosine_score, fuse
 from deployments.retrieval.ports import Embed, Metrics, Score
@@ -103,6 +104,7 @@ class Searcher:
             raise
         finally:
             self._metrics.inc("retriever_searches", outcome=outcome)
+            self._metrics.set("retriever_open_tables", self._reader.open_tables)
 
     async def _search(
         self,
@@ -227,8 +229,12 @@ class Searcher:
     ) -> dict[Key, float]:
         assert self._score is not None
         texts = [found[key].text for key, _ in candidates]
-        by_query = await asyncio.gather(*(self._score(query, texts) for query in queries))
+        by_query = await asyncio.gather(*(self._scored(self._score, query, texts) for query in queries))
         return {key: max(scores) for (key, _), *scores in zip(candidates, *by_query, strict=True)}
+
+    async def _scored(self, score: Score, query: str, texts: Sequence[str]) -> list[float]:
+        made = await asyncio.gather(*(score(query, batch) for batch in batches(texts, text_bytes)))
+        return [one for batch in made for one in batch]
 
     def _note_use(self, stores: Sequence[VectorStore]) -> None:
         """Have the Indexer note, now and then and beside the search, that stores are in use."""

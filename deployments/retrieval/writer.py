@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
-from lancedb.index import FTS
+from lancedb.index import FTS, IvfFlat
 
 from deployments.retrieval.filters import encoded, quoted
 from deployments.retrieval.ports import Metrics
@@ -31,11 +31,13 @@ from deployments.retrieval.records import Attributes, Batch, File, VectorStore, 
 from deployments.retrieval.tables import (
     DELETING,
     TABLES,
+    VECTORS_TO_INDEX,
     Table,
     chunks_schema,
     chunks_table,
     connect,
     is_missing,
+    partitions,
 )
 
 logger = logging.getLogger("ray.serve.groundswell.indexer")
@@ -46,6 +48,12 @@ T = TypeVar("T")
 _LEASE: Final = "lease"
 _LEASE_SCHEMA: Final = pa.schema([("epoch", pa.int64()), ("holder", pa.string()), ("since", pa.int64())])
 _INCOMPATIBLE: Final = "incompatible"
+_TEXT_INDEX: Final = "text_idx"
+_VECTOR_INDEX: Final = "vector_idx"
+_OUTGROWN: Final = 4
+_MANY_COMMITS: Final = 64
+_SOME_ROWS: Final = 1000
+_MANY_ROWS: Final = 5000
 _MAX_OPEN_TABLES: Final = 512
 
 
@@ -55,13 +63,36 @@ class Fenced(Exception):
 
 @dataclass
 class _Open:
-    """A table of the writer's, and what compaction needs to know of it."""
+    """A table of the writer's, and what compaction needs to know of it.
+
+    Attributes:
+        total: Rows of chunks, about.
+        vectors: Whether it has any.
+        trained: Its rows when the index over its vectors was made, 0 if there is none.
+        commits, rows: Since the last compaction.
+        preempted: Compactions that did not succeed since then.
+    """
 
     handle: Any
+    total: int = 0
+    vectors: bool = False
+    trained: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     commits: int = 0
     rows: int = 0
+    preempted: int = 0
     changed: float = 0.0
+
+    @property
+    def much(self) -> bool:
+        """Whether it is time: unindexed rows cost each search, and folding them in costs as the whole table."""
+        return self.commits >= _MANY_COMMITS or self.rows >= min(_MANY_ROWS, max(_SOME_ROWS, self.total // 20))
+
+    def folded(self, commits: int, rows: int) -> None:
+        """Note what a compaction has folded in."""
+        self.commits -= commits
+        self.rows -= rows
+        self.preempted = 0
 
 
 class Writer:
@@ -198,6 +229,7 @@ class Writer:
                 result = await commit(opened.handle)
             opened.commits += 1
             opened.rows += rows
+            opened.total += rows
             opened.changed = time.monotonic()
             kind = "chunks" if name.startswith("chunks_") else name
             self._metrics.observe("indexer_commit_seconds", time.monotonic() - started, table=kind)
@@ -228,10 +260,14 @@ class Writer:
                 handle = await self._db.create_table(name, schema=schema())
                 if name.startswith("chunks_"):
                     config = FTS(with_position=False, language=self._language)
-                    await handle.create_index("text", config=config)
+                    await handle.create_index("text", config=config, name=_TEXT_INDEX)
             else:
                 await self._put_barrier(handle)
             opened = self._tables[name] = _Open(handle)
+            if name.startswith("chunks_"):
+                opened.total = await handle.count_rows()
+                opened.vectors = "vector" in (await handle.schema()).names
+                opened.trained = opened.total if await handle.index_stats(_VECTOR_INDEX) is not None else 0
             self._close_some()
             return opened
 
@@ -258,15 +294,13 @@ class Writer:
             await handle.restore()
             raise
 
-    def behind(self, *, idle_s: float, max_commits: int, max_rows: int) -> list[str]:
-        """Return the tables that are due for compaction: much was written, or something and nothing for `idle_s`."""
+    def behind(self, *, idle_s: float) -> list[str]:
+        """Return the tables due for compaction: much was written, or something, and then nothing for a while."""
         now = time.monotonic()
         return [
             name
             for name, opened in self._tables.items()
-            if opened.commits >= max_commits
-            or opened.rows >= max_rows
-            or (opened.commits and now - opened.changed >= idle_s)
+            if opened.much or (opened.commits and now - opened.changed >= idle_s)
         ]
 
     @property
@@ -274,23 +308,66 @@ class Writer:
         """How many tables have commits that no compaction has folded in."""
         return sum(1 for opened in self._tables.values() if opened.commits)
 
+    async def unindexed(self, store_id: str) -> int:
+        """Return how many chunks of a store are in no index yet: they are found, but each search reads them all."""
+        try:
+            handle = await self._db.open_table(chunks_table(store_id))
+        except Exception as error:
+            if is_missing(error):
+                return 0
+            raise
+        stats = await handle.index_stats(_TEXT_INDEX)
+        return int(stats.num_unindexed_rows) if stats is not None else 0
+
     async def compact(self, name: str, *, keep_versions_s: float) -> None:
         """Fold small fragments and unindexed rows of a table in, and forget its versions of `keep_versions_s` ago.
 
-        No reader's query may take as long.
+        No reader's query may take as long. Chunks go on being added meanwhile; a deletion preempts the compaction,
+        which is tried again, and the third time lets nothing come between.
         """
-        async with self._locked(name) as opened:
-            await self.check()
-            opened.commits = opened.rows = 0
-            started = time.monotonic()
-            try:
-                await opened.handle.optimize(cleanup_older_than=timedelta(seconds=keep_versions_s))
-            except BaseException:
-                opened.commits += 1
-                self._metrics.inc("indexer_maintenance", outcome="failed")
-                raise
-            self._metrics.inc("indexer_maintenance", outcome="done")
-            self._metrics.observe("indexer_maintenance_seconds", time.monotonic() - started)
+        opened = await self._opened(name)
+        started = time.monotonic()
+        try:
+            if name.startswith("chunks_") and opened.preempted < 2:
+                await self._compact_beside(name, opened, keep_versions_s)
+            else:
+                async with self._locked(name) as opened:
+                    await self.check()
+                    await opened.handle.optimize(cleanup_older_than=timedelta(seconds=keep_versions_s))
+                    await _index_vectors(opened, opened.handle)
+                    opened.folded(opened.commits, opened.rows)
+        except BaseException as error:
+            opened.preempted += 1
+            opened.changed = time.monotonic()
+            preempted = "preempted" in str(error).lower()
+            self._metrics.inc("indexer_maintenance", outcome="preempted" if preempted else "failed")
+            if preempted:
+                return
+            raise
+        self._metrics.inc("indexer_maintenance", outcome="done")
+        self._metrics.observe("indexer_maintenance_seconds", time.monotonic() - started)
+
+    async def _compact_beside(self, name: str, opened: _Open, keep_versions_s: float) -> None:
+        commits, rows = opened.commits, opened.rows
+        handle = await self._db.open_table(name)
+        await self.check()
+        await handle.optimize(cleanup_older_than=timedelta(seconds=keep_versions_s))
+        await _index_vectors(opened, handle)
+        async with opened.lock:
+            await opened.handle.checkout_latest()
+            opened.folded(commits, rows)
+
+
+async def _index_vectors(opened: _Open, handle: Any) -> None:
+    """Make the index over a large table's vectors, and again when the table has outgrown it.
+
+    New vectors are compared one by one until a compaction puts them into the partitions there are.
+    """
+    total = opened.total
+    if opened.vectors and total >= VECTORS_TO_INDEX and total >= _OUTGROWN * opened.trained:
+        config = IvfFlat(distance_type="cosine", num_partitions=partitions(total))
+        await handle.create_index("vector", config=config, name=_VECTOR_INDEX, replace=True)
+        opened.trained = total
 
 
 async def _epoch(lease: Any) -> int:

@@ -33,9 +33,11 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from deployments import request_scope
+from deployments.access.fair_share import Turn
 from deployments.errors import EngineFailure, EngineUnavailable, NotSupportedByFleet, PublicError
 from deployments.seam import continuation
 from deployments.seam.args import lora_int_id
+from deployments.seam.stamps import Stamps
 from deployments.seam.wire import Codec
 
 _ADMITTED = "admitted"
@@ -80,6 +82,7 @@ class RequestSubmission:
         prompt: Its text, where there is one.
         queue: Where vLLM's generator waits.
         tied: What keeps any request from going on at another engine (`continuation.why_no_request`).
+        turn: Its place among other keys' requests, where there is one.
     """
 
     def __init__(
@@ -92,8 +95,11 @@ class RequestSubmission:
         *,
         max_model_len: int,
         tied: str | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self.request_id = request.external_req_id or request.request_id
+        self.order = (0, 0.0) if turn is None else turn.order
+        self._caller, self._turn, self._charged = request_scope.caller(), turn, False
         self._request, self._prompt, self._queue = request, prompt, queue
         self._outputs, self._codec = outputs, codec
         self._max_model_len, self._tied = max_model_len, tied
@@ -135,6 +141,7 @@ class RequestSubmission:
         index = int(output.request_id)
         output.request_id = self._requests[index].request_id
         self._torn = True
+        self._charge(len(output.new_token_ids))
         processed = self._outputs.process_outputs([output], weight_version=weight_version)
         self._torn = False
         self._tokens += output.new_token_ids
@@ -143,6 +150,14 @@ class RequestSubmission:
         if not self._outputs.has_request(output.request_id):
             self._open.discard(output.request_id)
         return [index] if processed.reqs_to_abort else []
+
+    def _charge(self, tokens: int) -> None:
+        """Count tokens as they come, so whoever hangs up pays for what was done until then; the prompt is paid once."""
+        if self._caller is not None:
+            self._caller.tokens += tokens + (0 if self._charged else self.prompt_tokens)
+            self._charged = True
+        if self._turn is not None:
+            self._turn.serve(tokens)
 
     @property
     def finished(self) -> bool:
@@ -188,6 +203,8 @@ class RequestSubmission:
 
     def _forget(self) -> None:
         """As `abort`, and unheard: vLLM would put a last word into the queue."""
+        if self._caller is not None:
+            self._caller.tokens -= len(self._tokens)  # nobody has them
         for request_id in self._open:
             self._outputs.request_states[request_id].queue = None
         self.abort()
@@ -196,13 +213,19 @@ class RequestSubmission:
 class FleetClient(EngineClient):
     """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device."""
 
-    def __init__(self, fleet: FleetLike, vllm_config: VllmConfig, supported_tasks: tuple[SupportedTask, ...]) -> None:
+    def __init__(
+        self,
+        fleet: FleetLike,
+        vllm_config: VllmConfig,
+        supported_tasks: tuple[SupportedTask, ...],
+        stamps: Stamps | None = None,
+    ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.supported_tasks = supported_tasks
-        self._fleet = fleet
+        self._fleet, self._stamps = fleet, stamps or Stamps()
         self._codec = Codec()
         self._tied = continuation.why_no_request(vllm_config)
         self._outputs = OutputProcessor(
@@ -308,28 +331,25 @@ class FleetClient(EngineClient):
     async def _run(
         self, request: EngineCoreRequest, prompt: Any, prompt_text: str | None
     ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
-        reservation = self._reservation(request.sampling_params.n if request.sampling_params is not None else 1)
-        queue = RequestOutputCollector(request.params.output_kind, request.request_id)
-        submission = RequestSubmission(
-            request,
-            prompt_text or extract_prompt_components(self.model_config, prompt)[0],
-            queue,
-            self._outputs,
-            self._codec,
-            max_model_len=self.model_config.max_model_len,
-            tied=self._tied,
-        )
-        flight = self._fleet.start(submission, reservation)
-
-        def give_up(error: PublicError) -> None:
-            flight.close()
-            submission.fail(error)
-
-        scope = request_scope.current()
+        reservation = self._reservation(getattr(request.params, "n", 1))
+        turn = self._stamps.put(request)
+        submission: RequestSubmission | None = None
+        flight: Flight | None = None
         timer: asyncio.TimerHandle | None = None
-        if scope is not None and scope.deadline is not None:
-            timer = asyncio.get_running_loop().call_at(scope.deadline[0], give_up, scope.deadline[1])
         try:
+            queue = RequestOutputCollector(request.params.output_kind, request.request_id)
+            submission = RequestSubmission(
+                request,
+                prompt_text or extract_prompt_components(self.model_config, prompt)[0],
+                queue,
+                self._outputs,
+                self._codec,
+                max_model_len=self.model_config.max_model_len,
+                tied=self._tied,
+                turn=turn,
+            )
+            flight = self._fleet.start(submission, reservation)
+            timer = _at_deadline(flight, submission)
             finished = False
             while not finished:
                 output = queue.get_nowait() or await queue.get()
@@ -339,8 +359,12 @@ class FleetClient(EngineClient):
             # Reached by a finished answer, a client that hung up, and a generator that was dropped alike.
             if timer is not None:
                 timer.cancel()
-            flight.close()
-            submission.abort()
+            if flight is not None:
+                flight.close()
+            if submission is not None:
+                submission.abort()
+            if turn is not None:
+                turn.leave()
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
@@ -423,6 +447,20 @@ class FleetClient(EngineClient):
 
     async def is_paused(self) -> bool:
         return False
+
+
+def _at_deadline(flight: Flight, submission: RequestSubmission) -> asyncio.TimerHandle | None:
+    """Have the request fail when its HTTP request's deadline comes, if it has one."""
+    scope = request_scope.current()
+    if scope is None or scope.deadline is None:
+        return None
+    when, error = scope.deadline
+
+    def give_up() -> None:
+        flight.close()
+        submission.fail(error)
+
+    return asyncio.get_running_loop().call_at(when, give_up)
 
 
 def _refused(feature: str) -> PublicHTTPError:

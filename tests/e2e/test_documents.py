@@ -209,9 +209,12 @@ def test_what_is_acknowledged_is_found_by_every_replica(app: Served, base: str) 
             with pytest.raises(openai.NotFoundError):
                 c.vector_stores.retrieve(store.id)
             c.close()
-    text = requests.get(f"{base}/metrics", timeout=30).text
-    served = re.findall(r'^ray_groundswell_retriever_searches_total\{[^}]*ReplicaId="([^"]+)"', text, re.M)
-    assert len(set(served)) == 2, "both Retrievers have searched"
+
+    def searching() -> set[str]:
+        text = requests.get(f"{base}/metrics", timeout=30).text
+        return set(re.findall(r'^ray_groundswell_retriever_searches_total\{[^}]*WorkerId="([^"]+)"', text, re.M))
+
+    wait_for(lambda: len(searching()) == 2, "both Retrievers have searched")
 
 
 def test_bad_documents_fail_with_a_reason_and_the_good_one_is_indexed(client: openai.OpenAI) -> None:

@@ -221,7 +221,7 @@ def test_many_clients_at_once_each_get_their_own_answer(base: str, store: str) -
     failures: list[str] = []
 
     def ask(number: int) -> None:
-        question = [{"role": "user", "content": "tide" if number % 2 else "dough"}]
+        question = [{"role": "user", "content": "moon" if number % 2 else "dough"}]
         body = {"model": MODEL, "messages": question, "tools": [tool(store, max_num_results=1)], "max_tokens": 4}
         answer = requests.post(f"{base}/v1/chat/completions", json=body, timeout=120).json()
         found = answer["choices"][0]["message"]["provider_specific_fields"]["search_results"][0]["data"]

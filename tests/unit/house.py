@@ -17,10 +17,10 @@ from deployments.config import DocumentsConfig
 from deployments.metrics import NoMetrics
 from deployments.retrieval.blobs import Blobs
 from deployments.retrieval.catalog import Catalog
-from deployments.retrieval.ingestion import Attachment, Ingestion
+from deployments.retrieval.ingestion import Ingestion
 from deployments.retrieval.ports import Vectors
 from deployments.retrieval.reader import Reader
-from deployments.retrieval.records import PageRequest, VectorStoreFile
+from deployments.retrieval.records import Attachment, PageRequest, VectorStoreFile
 from deployments.retrieval.sandbox import Sandbox
 from deployments.retrieval.search import Searcher
 from deployments.retrieval.writer import Writer
@@ -62,6 +62,14 @@ class House:
         await self.ingestion.upload(file_id, 0, text.encode() if isinstance(text, str) else text)
         await self.ingestion.finish_upload(file_id, name, "assistants")
         return file_id
+
+    async def text(self, store_id: str, file_id: str) -> str:
+        """Return what was read from a file, but for white space between chunks."""
+        text, end = "", 0
+        for chunk in await self.reader.chunks(store_id, file_id):
+            text += chunk.text[max(0, end - chunk.start) :]
+            end = chunk.end
+        return text
 
     async def store_of(self, *texts: str, owner: str | None = None, **attributes: Any) -> tuple[str, list[str]]:
         """Return a store in which files of these texts have been indexed, and their ids."""

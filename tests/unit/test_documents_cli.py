@@ -1,0 +1,168 @@
+"""Documents from the command line, against the real API over a real store."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import uvicorn
+
+from deployments.cli import main
+from deployments.config import DocumentsConfig
+from deployments.documents_cli import Bar
+from deployments.retrieval.api import documents_app
+from tests.e2e.serving import free_port
+from tests.unit.house import House, house
+from tests.unit.test_documents_api import Reading
+
+
+@pytest_asyncio.fixture
+async def made(tmp_path: Path) -> AsyncIterator[House]:
+    async with house(tmp_path / "store") as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture
+async def url(made: House, tmp_path: Path) -> AsyncIterator[str]:
+    config = DocumentsConfig(uri=str(tmp_path / "store"))
+    app: Any = documents_app(made.ingestion, Reading(made), config, max_body_bytes=100_000)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    await serving
+
+
+async def groundswell(*arguments: str) -> int:
+    return await asyncio.to_thread(main, list(arguments))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    docs = tmp_path / "docs"
+    (docs / "sub").mkdir(parents=True)
+    (docs / ".git").mkdir()
+    (docs / ".git" / "config").write_text("hidden")
+    (docs / "one.md").write_text("# One\n\nA zebra has stripes.")
+    (docs / "sub" / "two.txt").write_text("A horse has none.")
+    (docs / "fake.pdf").write_text("not a PDF")
+    return docs
+
+
+@pytest.mark.asyncio
+async def test_ingest_uploads_waits_sums_up_and_goes_on_where_it_was(
+    url: str, folder: Path, made: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await groundswell("ingest", str(folder), "--store", "zoo", "--url", url) == 1
+    said = capsys.readouterr()
+    assert "2 files in zoo" in said.out
+    assert "failed  docs/fake.pdf: The file is named .pdf but is not a PDF." in said.out
+    assert "uploading 3/3" in said.err
+    (folder / "fake.pdf").unlink()
+    (folder / "three.txt").write_text("A zebra again.")
+    (folder / "one.md").write_text("# One\n\nA zebra has black stripes.")
+    assert await groundswell("ingest", str(folder), "--store", "zoo", "--url", url) == 0
+    assert "3 files in zoo" in (said := capsys.readouterr()).out
+    assert "1 of them were there before" in said.out
+    assert "uploading 2/2" in said.err
+    assert await groundswell("ingest", str(folder), "--store", "zoo", "--url", url) == 0
+    assert "3 of them were there before" in capsys.readouterr().out
+    assert await groundswell("search", "zebra", "--store", "zoo", "--url", url) == 0
+    found = capsys.readouterr().out
+    assert "docs/one.md" in found
+    assert "black stripes" in found
+    assert "docs/three.txt" in found
+    assert "has stripes" not in found
+
+
+@pytest.mark.asyncio
+async def test_mistakes_are_one_sentence(url: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, sentence in (
+        (("search", "x", "--store", "nope", "--url", url), "no vector store named 'nope'"),
+        (("search", "x", "--store", "vs_nope", "--url", url), "No vector store with id 'vs_nope'"),
+        (("ingest", str(folder / "nope"), "--store", "zoo", "--url", url), "is not there"),
+        (("search", "x", "--store", "zoo", "--url", "http://127.0.0.1:9"), "No server answers"),
+    ):
+        assert await groundswell(*arguments) == 1
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert len(error.strip().splitlines()) == 1
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_lines_are_written_elsewhere() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, file = Terminal(), io.StringIO()
+    for done in range(4):
+        Bar(terminal).show("indexing", done, 3)
+    bar = Bar(file, clock=lambda: 100.0)
+    for done in range(4):
+        bar.show("indexing", done, 3)
+    assert "[##########....................] 1/3" in terminal.getvalue()
+    assert file.getvalue().splitlines() == ["indexing 0/3", "indexing 3/3"]
+
+
+class StubResponses(BaseHTTPRequestHandler):
+    """A stub of the Responses API: streams a fixed answer with two citations of one file."""
+
+    asked: Any = None
+
+    def do_GET(self) -> None:
+        listed = {"object": "list", "data": [{"id": "vs_1", "name": "zoo", "status": "completed"}], "has_more": False}
+        body = {"data": [{"id": "tiny"}]} if self.path.startswith("/v1/models") else listed
+        self._send(json.dumps(body).encode(), "application/json")
+
+    def do_POST(self) -> None:
+        type(self).asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        citation = {"type": "file_citation", "file_id": "file-1", "filename": "one.md", "index": 5}
+        events = [
+            {"type": "response.output_text.delta", "delta": "Stripes"},
+            {"type": "response.output_text.annotation.added", "annotation": citation},
+            {"type": "response.output_text.delta", "delta": ", mostly."},
+            {"type": "response.output_text.annotation.added", "annotation": citation},
+            {"type": "response.completed", "response": {}},
+        ]
+        self._send("".join(f"data: {json.dumps(e)}\n\n" for e in events).encode(), "text/event-stream")
+
+    def _send(self, body: bytes, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def responses() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StubResponses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_ask_streams_the_answer_and_lists_its_sources(responses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "What does a zebra have?", "--store", "zoo", "--url", responses]) == 0
+    assert capsys.readouterr().out == "Stripes, mostly.\n\nSources:\n  one.md  (file-1)\n"
+    assert StubResponses.asked == {
+        "model": "tiny",
+        "input": "What does a zebra have?",
+        "tools": [{"type": "file_search", "vector_store_ids": ["vs_1"]}],
+        "stream": True,
+    }
