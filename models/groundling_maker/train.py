@@ -1,0 +1,445 @@
+"""Training: copying first, then questions over ever more passages. Stops anywhere and goes on from its checkpoint.
+
+    python -m models.groundling_maker.train WORK_FOLDER [--hours 1.5]
+
+The learning rate is constant until the decay, which begins when its time has come, or when a file named `decay`
+appears in the work folder. Progress is printed and written to `log.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.groundling_maker import tokenizer as tokens
+from models.groundling_maker.data import Conversation, Level, Writer, segments
+from models.groundling_maker.network import SENTENCE_LAYER, START_LAYER, Network, Pointers, Shape
+
+SEED = 7
+PROCESSES = 2  # of one thread each: on busy cores, threads would wait for each other at every operation
+BATCH_TOKENS = 2560  # of each process
+POOL_BATCHES = 16
+COPY_STEPS = (15, 80)  # nothing but copying until the first, little after the second
+COPY_SHARE = 0.05  # of the steps after that
+DRILL_SHARE = 0.5  # of the conversations: many questions, of whose answers only the beginning is said
+DRILL_QUESTIONS, DRILL_TOKENS = (6, 12), 2
+MUON_LR = 0.02
+ADAM_LR = 6e-3
+WARMUP_STEPS = 40
+DECAY_STEPS = 300
+OTHER_WEIGHT = 0.03  # of tokens nobody has to say, against 1 for answers
+FIRST_WEIGHT = 4.0  # of an answer's first token: where it is decided which sentence to quote, or none
+POINTER_WEIGHT = 0.3  # of where two heads look when an answer begins
+OTHER_SHARE = 0.3  # of those, how many are looked at
+CHECKPOINT_S = 150
+
+LEVELS = (
+    Level((1, 1), (1, 3), (2, 3), prose=0.3, nonsense=0.2),
+    Level((1, 3), (1, 4), (3, 6), prose=0.3, nonsense=0.15),
+    Level((1, 5), (1, 4), (2, 6), prose=0.35, nonsense=0.1),
+    Level((2, 7), (1, 5), (1, 6), prose=0.4, nonsense=0.05),
+)
+LONG = Level((8, 18), (3, 8), (2, 8), prose=0.5, nonsense=0.0)
+ENOUGH = (0.65, 0.7, 0.75, 2.0)  # of the answers exactly right, to go on to the next level
+
+
+@dataclass
+class Example:
+    """Token ids, and which of them are the model's to say."""
+
+    ids: list[int]
+    said: list[bool]
+    quoted: list[tuple[int, int, int]] = field(default_factory=list)  # an answer's place, its sentence's span
+
+
+@dataclass
+class Batch:
+    """Padded on the right: `[batch, length]` each. `answers` counts from 1, 0 is everything else."""
+
+    ids: Tensor
+    positions: Tensor
+    answers: Tensor
+    pointers: dict[int, Pointers]
+
+
+def encode(tokenizer: Any, conversation: Conversation, *, drill: bool = False) -> Example:
+    """Return a conversation as token ids; for a drill, answers end after their first tokens."""
+    example = Example([], [])
+    for text, said in segments(conversation):
+        ids = tokenizer.encode(text).ids
+        if said:
+            sentence = tokenizer.encode(text.split(" [")[0]).ids
+            example.quoted.append((len(example.ids) - 1, *_find(sentence, example.ids)))
+            ids = ids[:DRILL_TOKENS] if drill else ids
+        example.ids += ids
+        example.said += [said] * len(ids)
+    return example
+
+
+def _find(sentence: list[int], ids: list[int]) -> tuple[int, int]:
+    """Return where the sentence stands; where it does not, the very beginning, for refusals."""
+    for start in range(len(ids) - len(sentence)):
+        if ids[start] == sentence[0] and ids[start : start + len(sentence)] == sentence:
+            return start, start + len(sentence)
+    return 0, 1
+
+
+def _pointers(examples: list[Example]) -> dict[int, Pointers]:
+    """Tell two heads to look from an answer's beginning at the sentence, two before them from there at its beginning.
+
+    Heads find this out by themselves, too, but only after many more steps.
+    """
+    to_sentence, to_start = [], []
+    for row, example in enumerate(examples):
+        for place, start, end in example.quoted:
+            to_sentence.append((row, place, start, end))
+            if start > 0:
+                to_start += [(row, inside, start, start + 1) for inside in range(start + 1, end, 8)]
+    found = {SENTENCE_LAYER: to_sentence, START_LAYER: to_start}
+    return {layer: Pointers(*torch.tensor(rows).unbind(1)) for layer, rows in found.items() if rows}
+
+
+def collate(examples: list[Example], rng: random.Random | None = None) -> Batch:
+    """Pad examples into a batch.
+
+    Args:
+        examples: Not longer than the context.
+        rng: Where given, half of the examples get gaps in their positions, so that short ones practise long distances.
+    """
+    length = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), length), tokens.PAD_ID)
+    answers = torch.zeros((len(examples), length), dtype=torch.long)
+    positions = torch.arange(length).repeat(len(examples), 1)
+    answer = 0
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        before = False
+        for i, said in enumerate(example.said):
+            answer += said and not before
+            before = said
+            if said:
+                answers[row, i] = answer
+        if rng is not None and rng.random() < 0.5:
+            places = [i for i, token in enumerate(example.ids) if token in (tokens.PASSAGE_ID, tokens.USER_ID)]
+            room = rng.uniform(0, 4096 - length)
+            cuts = sorted(rng.uniform(0, room) for _ in places)
+            for place, before_, after in zip(places, [0.0, *cuts], cuts, strict=False):
+                positions[row, place:] += int(after - before_)
+    return Batch(ids, positions, answers, _pointers(examples))
+
+
+def copying(rng: random.Random, vocabulary: int) -> list[Example]:
+    """Return random tokens, said twice: the second time is the model's."""
+    size = rng.choice((16, 24, 32, 48, 64, 96))
+    examples = []
+    for _ in range(BATCH_TOKENS // (2 * size)):
+        once = [rng.randrange(len(tokens.SPECIAL_TOKENS), vocabulary) for _ in range(size)]
+        start = rng.randrange(size)
+        examples.append(Example(once + once[start:] + once[:start], [False] * (size + 1) + [True] * (size - 1)))
+    return examples
+
+
+def pool(writer: Writer, tokenizer: Any, level: int, decaying: bool, rng: random.Random) -> Iterator[list[Example]]:
+    """Return batches of examples of about the same length each, most of the given level."""
+    examples: list[Example] = []
+    size = 0
+    longest = 4096 if decaying or level == len(LEVELS) - 1 else 1536
+    while size < BATCH_TOKENS * POOL_BATCHES:
+        draw, drill = rng.random(), False
+        if draw < 0.05:
+            conversation = writer.small_talk()
+        elif level == len(LEVELS) - 1 and draw < (0.09 if decaying else 0.08):
+            conversation = writer.write(LONG)
+        else:
+            chosen = LEVELS[level if rng.random() < 0.7 else rng.randint(0, level)]
+            if decaying:
+                chosen = replace(chosen, nonsense=0.0)
+            drill = rng.random() < (0.1 if decaying else DRILL_SHARE)
+            conversation = writer.write(replace(chosen, questions=DRILL_QUESTIONS) if drill else chosen)
+        example = encode(tokenizer, conversation, drill=drill)
+        if len(example.ids) <= longest:
+            examples.append(example)
+            size += len(example.ids)
+    examples.sort(key=lambda example: len(example.ids))
+    batches: list[list[Example]] = [[]]
+    for example in examples:
+        if batches[-1] and len(example.ids) * (len(batches[-1]) + 1) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(example)
+    rng.shuffle(batches)
+    return iter(batches)
+
+
+def evaluate(network: Network, batches: list[Batch]) -> float:
+    """Return the share of answers that greedy decoding would get exactly right."""
+    right = total = 0
+    network.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for batch in batches:
+            good, count = _exact(network.logits(network(batch.ids, batch.positions)[0])[:, :-1], batch)
+            right, total = right + good, total + count
+    network.train()
+    return right / max(1, total)
+
+
+def _exact(logits: Tensor, batch: Batch) -> tuple[int, int]:
+    answers = batch.answers[:, 1:]
+    wrong = (logits.argmax(-1) != batch.ids[:, 1:]) & (answers > 0)
+    total = int(answers.max())
+    return total - len(torch.unique(answers[wrong])), total
+
+
+class Trainer:
+    """Everything that a checkpoint has to bring back."""
+
+    def __init__(self, folder: Path, documents: list[list[str]], tokenizer: Any, rank: int = 0) -> None:
+        self.folder, self.tokenizer, self.rank = folder, tokenizer, rank
+        self.network = Network(Shape(tokenizer.get_vocab_size()), seed=SEED)
+        matrices = [p for name, p in self.network.named_parameters() if p.dim() == 2 and "embed" not in name]
+        others = [p for name, p in self.network.named_parameters() if p.dim() == 1 or "embed" in name]
+        self.optimizers = (
+            torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01, momentum=0.95),
+            torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self.documents = documents
+        self.step = self.level = self.tokens = 0
+        self.seconds = 0.0
+        self.level_started = 0
+        self.recent = 0.0  # moving average of the share of answers exactly right
+        self.decay_start: int | None = None
+        self.decay_after_s = float("inf")
+        self.batches: Iterator[list[Example]] = iter(())
+
+    def save(self) -> None:
+        names = ("step", "level", "level_started", "tokens", "seconds", "recent", "decay_start")
+        state = {name: getattr(self, name) for name in names}
+        state["network"] = self.network.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        torch.save(state, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+
+    def resume(self) -> None:
+        state = torch.load(self.folder / "checkpoint.pt")
+        self.network.load_state_dict(state.pop("network"))
+        for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    @property
+    def finished(self) -> bool:
+        return self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS
+
+    def train_step(self) -> dict[str, float]:
+        start, end = COPY_STEPS
+        copied = random.Random(f"{SEED} {self.step}").random() < max(
+            COPY_SHARE, 1 - (self.step - start) / (end - start)
+        )
+        rng = random.Random(f"{SEED} {self.step} {self.rank}")
+        if copied:
+            batch = collate(copying(rng, self.network.shape.vocab_size), rng)
+        else:
+            batch = collate(self._next_examples(), rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, missed = self.network(batch.ids, batch.positions, batch.pointers)
+            hidden = hidden[:, :-1]
+        targets, said = batch.ids[:, 1:], batch.answers[:, 1:] > 0
+        others = ~said & (targets != tokens.PAD_ID) & (torch.rand(targets.shape) < OTHER_SHARE)
+        if copied:
+            others = torch.zeros_like(others)
+        looked_at = said | others
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.network.logits(hidden[looked_at])
+        losses = F.cross_entropy(logits.float(), targets[looked_at], reduction="none")
+        first = said & (batch.answers[:, 1:] != batch.answers[:, :-1])
+        weights = torch.where(said[looked_at], 1.0, OTHER_WEIGHT / OTHER_SHARE)
+        weights = torch.where(first[looked_at], FIRST_WEIGHT, weights)
+        loss = (losses * weights).sum() / weights.sum() + POINTER_WEIGHT * sum(missed)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        of_answers = said[looked_at]
+        hits = logits.argmax(-1) == targets[looked_at]
+        numbers = batch.answers[:, 1:][said]
+        exact = 1 - len(torch.unique(numbers[~hits[of_answers]])) / int(batch.answers.max())
+        answer_loss = float(losses.detach()[of_answers].mean())
+        size = float((batch.ids != tokens.PAD_ID).sum())
+        pointed = [*(float(each.detach()) for each in missed), 0.0, 0.0][:2]
+        *pointed, answer_loss, exact, size, stop = self._share_gradients(
+            [*pointed, answer_loss, exact, size, float(self._time_is_up())]
+        )
+
+        scale = self._learning_rate_scale()
+        for optimizer, rate in zip(self.optimizers, (MUON_LR, ADAM_LR), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            optimizer.step()
+        self.step += 1
+        self.tokens += int(size * PROCESSES)
+        if not copied:
+            self.recent += 0.03 * (exact - self.recent)
+        if stop and self.decay_start is None:
+            self.decay_start = self.step
+            self.batches = iter(())
+        figures = {"copy": float(copied), "answer_loss": answer_loss, "exact": exact}
+        return figures if copied else {**figures, "start_missed": pointed[0], "sentence_missed": pointed[1]}
+
+    def _share_gradients(self, figures: list[float]) -> list[float]:
+        """Replace gradients, and the figures given, by their mean over the processes."""
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        flat = torch.cat([*(p.grad.flatten() for p in parameters if p.grad is not None), torch.tensor(figures)])
+        dist.all_reduce(flat)
+        flat /= PROCESSES
+        for parameter, shared in zip(
+            parameters, flat.split([*(p.numel() for p in parameters), len(figures)]), strict=False
+        ):
+            parameter.grad = shared.view_as(parameter)
+        return flat[-len(figures) :].tolist()
+
+    def _time_is_up(self) -> bool:
+        return self.seconds > self.decay_after_s or (self.folder / "decay").exists()
+
+    def maybe_advance(self) -> None:
+        old_enough = self.step - self.level_started > 100 and self.step > COPY_STEPS[0]
+        if self.level < len(LEVELS) - 1 and old_enough and self.recent > ENOUGH[self.level]:
+            self.level += 1
+            self.level_started = self.step
+            self.recent = 0.0
+            self.batches = iter(())
+
+    def _learning_rate_scale(self) -> float:
+        scale = min(1.0, (self.step + 1) / WARMUP_STEPS)
+        if self.decay_start is not None:
+            scale *= max(0.0, 1 - (self.step - self.decay_start) / DECAY_STEPS)
+        return scale
+
+    def _next_examples(self) -> list[Example]:
+        while True:
+            examples = next(self.batches, None)
+            if examples is not None:
+                return examples
+            rng = random.Random(f"{SEED} {self.step} {self.rank} pool")
+            writer = Writer(rng, self.documents)
+            self.batches = pool(writer, self.tokenizer, self.level, self.decay_start is not None, rng)
+
+
+def held_out(documents: list[list[str]], tokenizer: Any, count: int) -> dict[str, list[Batch]]:
+    """Return conversations for measuring: names, values, wordings and documents that training never sees."""
+    facts = {"prose": 0.0, "nonsense": 0.0}
+    sets = {
+        "one": Level((1, 1), (1, 4), unanswerable=0.0, **facts),
+        "five": Level((5, 5), (1, 4), unanswerable=0.0, **facts),
+        "refusal": Level((1, 5), (1, 4), unanswerable=1.0, **facts),
+        "prose": Level((5, 5), (1, 4), unanswerable=0.0, prose=1.0, nonsense=0.0),
+    }
+    batches = {}
+    for name, level in sets.items():
+        writer = Writer(random.Random(f"{SEED} held out {name}"), documents, unseen=True)
+        examples = [encode(tokenizer, writer.write(level)) for _ in range(count)]
+        examples.sort(key=lambda example: len(example.ids))
+        batches[name] = [collate(examples[i : i + 10]) for i in range(0, count, 10)]
+    return batches
+
+
+def prepare(folder: Path) -> tuple[list[list[str]], Any]:
+    """Return the documents and the tokenizer, made on the first call."""
+    from models.groundling_maker import prose
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cached = folder / "prose.json"
+    if not cached.exists():
+        cached.write_text(json.dumps(prose.documents()))
+    documents = json.loads(cached.read_text())
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        rng = random.Random(f"{SEED} tokenizer")
+        writer = Writer(rng, documents)
+        texts = ["".join(text for text, _ in segments(writer.write(LEVELS[2]))) for _ in range(2500)]
+        texts += [" ".join(document) for document in documents[::3]]
+        texts += ["".join(text for text, _ in segments(writer.small_talk())) for _ in range(300)]
+        for token in (*tokens.SPECIAL_TOKENS, *tokens.LAYOUT_TOKENS):
+            texts = [text.replace(token, "\n") for text in texts]
+        tokens.train(texts).save(str(file))
+    return documents, tokens.load(file)
+
+
+def run(rank: int, folder: Path, hours: float) -> None:
+    """Train as one of the processes; the first one measures and writes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED + rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    documents, tokenizer = prepare(folder)
+    trainer = Trainer(folder, documents, tokenizer, rank)
+    trainer.decay_after_s = hours * 3600
+    if (folder / "checkpoint.pt").exists():
+        trainer.resume()
+    if rank > 0:
+        while not trainer.finished:
+            trainer.train_step()
+            trainer.maybe_advance()
+        return
+    asked_to_stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
+    measured = held_out(documents, tokenizer, 60)
+    started = saved = time.monotonic()
+    base = trainer.seconds
+    sums: dict[str, list[float]] = {}
+    with (folder / "log.jsonl").open("a") as log:
+
+        def note(**record: float) -> None:
+            line = json.dumps({"step": trainer.step, **{key: round(value, 3) for key, value in record.items()}})
+            print(line, flush=True)
+            log.write(line + "\n")
+            log.flush()
+
+        while not trainer.finished and not asked_to_stop:
+            figures = trainer.train_step()
+            trainer.maybe_advance()
+            trainer.seconds = base + time.monotonic() - started
+            prefix = "copy_" if figures.pop("copy") else ""
+            for name, value in figures.items():
+                sums.setdefault(prefix + name, []).append(value)
+            if trainer.step % 20 == 0:
+                means = {name: sum(values) / len(values) for name, values in sums.items()}
+                note(s=trainer.seconds, tokens=trainer.tokens, level=trainer.level, recent=trainer.recent, **means)
+                sums.clear()
+            if trainer.step % 300 == 0 or trainer.finished:
+                note(**{name: evaluate(trainer.network, batches) for name, batches in measured.items()})
+            if time.monotonic() - saved > CHECKPOINT_S or trainer.finished or asked_to_stop:
+                trainer.save()
+                saved = time.monotonic()
+
+
+def main() -> None:
+    """Train from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hours", type=float, default=1.5, help="of training before the learning rate decays")
+    options = parser.parse_args()
+    prepare(options.folder)
+    (options.folder / "rendezvous").unlink(missing_ok=True)
+    others = [mp.Process(target=run, args=(rank, options.folder, options.hours)) for rank in range(1, PROCESSES)]
+    for process in others:
+        process.daemon = True
+        process.start()
+    run(0, options.folder, options.hours)
+    for process in others:
+        process.terminate()  # it has nothing of its own to save
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What the small model is taught, and that what ships is whole. Its answers are measured, and tested with vLLM."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.grounding.layout import MARKER, REFUSAL, Passage, lay_out
+from models.groundling_maker import tokenizer as tokens
+from models.groundling_maker.data import GREETING, Conversation, Level, Writer, segments
+from models.groundling_maker.questions import PASSAGES, QUESTIONS
+
+MODEL = Path(__file__).parents[2] / "models" / "groundling"
+DOCUMENTS = [
+    [
+        f"The {thing} number {i} stands beside the old mill.",
+        f"Nobody has opened {thing} {i} since the flood.",
+        "It rains.",
+    ]
+    for i in range(40)
+    for thing in ("cabinet", "ladder", "kettle")
+]
+LEVEL = Level((1, 5), (1, 4), (1, 4))
+needs_model = pytest.mark.skipif(
+    not MODEL.is_dir(), reason="its weights are not here yet: models/groundling_maker makes them"
+)
+
+
+@pytest.fixture
+def conversations() -> list[Conversation]:
+    writer = Writer(random.Random(1), DOCUMENTS)
+    return [writer.write(LEVEL) for _ in range(150)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    if not MODEL.is_dir():
+        pytest.skip("its tokenizer is not here yet: models/groundling_maker makes it")
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(MODEL)
+
+
+def test_every_answer_stands_word_for_word_in_the_passage_it_cites(conversations: list[Conversation]) -> None:
+    quoted = 0
+    for conversation in conversations:
+        prompt = conversation.messages[-1]["content"]
+        for answer in (conversation.answer, *(answer for _, answer in conversation.more)):
+            if answer == REFUSAL:
+                continue
+            (marker,) = MARKER.findall(answer)
+            passage = prompt.split(f'<passage id="{marker}"')[1].split("</passage>")[0]
+            assert answer.removesuffix(f" [{marker}]") in passage
+            quoted += 1
+    assert quoted > 150
+
+
+def test_some_questions_have_no_answer(conversations: list[Conversation]) -> None:
+    refused = sum(conversation.answer == REFUSAL for conversation in conversations)
+    assert 15 < refused < 75
+
+
+def test_the_same_seed_writes_the_same_conversations() -> None:
+    first, second = (Writer(random.Random(3), DOCUMENTS) for _ in range(2))
+    assert [first.write(LEVEL) for _ in range(20)] == [second.write(LEVEL) for _ in range(20)]
+
+
+def test_evaluation_uses_other_documents_than_training() -> None:
+    rng = random.Random(0)
+    seen = Writer(rng, DOCUMENTS).documents
+    unseen = Writer(rng, DOCUMENTS, unseen=True).documents
+    assert unseen and not any(document in seen for document in unseen)
+
+
+def test_each_question_written_by_hand_has_its_answer_in_its_passage_and_in_no_other() -> None:
+    for question, name, contains in QUESTIONS:
+        assert contains in PASSAGES[name][1], question
+    assert len(QUESTIONS) == 20
+
+
+@needs_model
+def test_the_model_is_small_enough_for_the_repository() -> None:
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) < 25_000_000
+    config = json.loads((MODEL / "config.json").read_text())
+    assert (config["model_type"], config["max_position_embeddings"]) == ("qwen3", 4096)
+
+
+def test_the_chat_template_writes_what_the_model_was_trained_on(
+    tokenizer: Any, conversations: list[Conversation]
+) -> None:
+    for conversation in conversations[:30]:
+        trained = "".join(text for text, said in segments(conversation) if not said).split(tokens.ASSISTANT)[0]
+        rendered = tokenizer.apply_chat_template(conversation.messages, tokenize=False, add_generation_prompt=True)
+        if not any(message["role"] == "assistant" for message in conversation.messages):
+            assert rendered == trained + tokens.ASSISTANT
+
+
+def test_documents_in_the_chat_template_look_like_the_layout(tokenizer: Any) -> None:
+    passages = [
+        Passage("file-1", "handbook.md", i, text) for i, text in enumerate(("The code is 4471.", "Ring twice."))
+    ]
+    layout = lay_out([{"role": "user", "content": "What is the code?"}], passages, 1 << 30, len)
+    documents = [{"id": id_, "title": p.filename, "text": p.text} for id_, p in layout.ids.items()]
+    question = [layout.messages[0], {"role": "user", "content": "What is the code?"}]
+    assert tokenizer.apply_chat_template(question, documents=documents, tokenize=False) == (
+        tokenizer.apply_chat_template(layout.messages, tokenize=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [GREETING, 'a "b" <passage> 12.5 °C\n\n\tdef f(x): return x  # ok', "Grüße, 日本語 🙂"]
+)
+def test_any_text_comes_back_from_the_tokenizer_as_it_was(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_each_character_of_a_citation_is_a_token(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("[k3f9]") == ["[", "k", "3", "f", "9", "]"]
+    header = tokenizer.tokenize('<passage id="k3f9" source="a.md">\n')
+    assert header[:6] == ['<passage id="', "k", "3", "f", "9", '" source="']
