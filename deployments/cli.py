@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def make_example_model(model: preflight.ServedModel, folder: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="groundswell", description="A fleet of vLLM engines behind one OpenAI API.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('groundswell')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a Serve config file on this machine until Ctrl-C")
     serve.add_argument("config", type=Path, metavar="CONFIG", help="such as serve_config.yaml")

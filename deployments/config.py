@@ -6,11 +6,13 @@ vLLM's own options are passed through (`engine_args`, `frontend_args`) and check
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from deployments.errors import ConfigError
 
@@ -252,8 +254,20 @@ class AppConfig(_Frozen):
         try:
             return cls.model_validate(args)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or 'args'}: {e['msg']}" for e in error.errors()]
+            lines = [f"{'.'.join(map(str, e['loc'])) or 'args'}: {_said(e)}" for e in error.errors()]
             raise ConfigError("; ".join(lines)) from None
+
+
+def _said(error: ErrorDetails) -> str:
+    """Return what is wrong; of a key nobody knows, its nearest match."""
+    if error["type"] != "extra_forbidden":
+        return error["msg"]
+    near = difflib.get_close_matches(str(error["loc"][-1]), _keys(), n=1)
+    return "there is no such key" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _keys() -> list[str]:
+    return sorted({key for model in _Frozen.__subclasses__() for key in model.model_fields})
 
 
 def merged(defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

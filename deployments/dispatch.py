@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -37,6 +38,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Answer = Callable[[], Awaitable[tuple[int, str, bytes]]]
 """Makes an answer of the Router's own: status, content type, body."""
+Lookup = Callable[[str], Awaitable[tuple[int, str, bytes]]]
+"""Makes such an answer about the thing that is named by the rest of the path."""
 
 
 class _Peek(msgspec.Struct):
@@ -46,6 +49,7 @@ class _Peek(msgspec.Struct):
     use_beam_search: Any = None
     background: Any = None
     previous_response_id: Any = None
+    conversation: Any = None
     messages: msgspec.Raw = msgspec.Raw()
     prompt: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
@@ -69,6 +73,7 @@ _REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "use_beam_search": "Beam search",
     "background": "Background mode",
     "previous_response_id": "Continuing a stored response",
+    "conversation": "A stored conversation",
 }
 _REFUSED_PATHS: Final = (("/v1/responses/", "Stored responses"), ("/v1/realtime", "The realtime API"))
 
@@ -85,6 +90,7 @@ class Dispatcher:
         names: All names clients may use, for messages.
         model_paths: Paths that belong to a model.
         own: The Router's own GET paths.
+        lookups: Likewise, by the beginning of their paths.
         max_items: Messages, prompts, texts or tools in one request.
         mounted: Apps of their own, by the prefix of their paths; they read their bodies themselves.
         request_timeout_s: Deadline of each request; a client may ask for less.
@@ -99,6 +105,7 @@ class Dispatcher:
         model_paths: Iterable[str],
         own: Mapping[str, Answer],
         *,
+        lookups: Mapping[str, Lookup] | None = None,
         max_body_bytes: int,
         max_items: int = 2048,
         mounted: Mapping[str, App] | None = None,
@@ -109,7 +116,7 @@ class Dispatcher:
         self._resolve = resolve
         self._names = list(names)
         self._model_paths = frozenset(model_paths)
-        self._own = own
+        self._own, self._lookups = own, lookups or {}
         self._mounted = mounted or {}
         self._max_body_bytes, self._max_items = max_body_bytes, max_items
         self._request_timeout_s, self._max_unread_s = request_timeout_s, max_unread_s
@@ -172,7 +179,7 @@ class Dispatcher:
     async def _route(self, scope: Scope, receive: Receive, send: Send, limit: Deadline | None) -> None:
         path, method = scope["path"], scope["method"]
         graceful = None if limit is None else (limit.graceful, limit.error)
-        if (own := self._own.get(path)) is not None:
+        if (own := self._own_answer(path)) is not None:
             if method not in ("GET", "HEAD"):
                 raise MethodNotAllowed(f"{path} takes GET.")
             code, content_type, body = await own()
@@ -195,6 +202,12 @@ class Dispatcher:
         app = await self._choose(body)
         with request_scope(deadline=graceful):
             await app(scope, replay(body, receive), send)
+
+    def _own_answer(self, path: str) -> Answer | None:
+        for prefix, lookup in self._lookups.items():
+            if path.startswith(prefix) and len(path) > len(prefix):
+                return partial(lookup, path[len(prefix) :])
+        return self._own.get(path)
 
     def _prefix(self, path: str) -> str | None:
         return next((p for p in self._mounted if path == p or path.startswith(p + "/")), None)
@@ -226,6 +239,8 @@ class Dispatcher:
 
     def _peek(self, body: bytes) -> _Peek:
         try:
+            if not body.isascii():
+                body.decode()  # what is skipped below must be text too
             return self._decoder.decode(body)
         except msgspec.ValidationError:
             raise BadRequest("The body must be a JSON object.") from None

@@ -19,7 +19,7 @@ from deployments.access.gate import Gate
 from deployments.access.keys import KeyRing, key_ring
 from deployments.config import AppConfig, ModelConfig
 from deployments.dispatch import App, Dispatcher
-from deployments.errors import EngineFailure, EngineUnavailable
+from deployments.errors import EngineFailure, EngineUnavailable, ModelNotFound
 from deployments.fleet.client import Exchange, Fleet, Ticket
 from deployments.fleet.placement import Ledger
 from deployments.fleet.replica_watch import watch
@@ -110,6 +110,7 @@ class Router:
                 "/v1/models": self._list_models,
                 "/metrics": _node_metrics,
             },
+            lookups={"/v1/models/": self._find_model},
             max_body_bytes=self._config.router.max_body_bytes,
             max_items=self._config.router.max_items,
             mounted=self._mounted(),
@@ -165,9 +166,17 @@ class Router:
         return (503 if loading else 200), "application/json", json.dumps(body).encode()
 
     async def _list_models(self) -> tuple[int, str, bytes]:
+        return 200, "application/json", json.dumps({"object": "list", "data": await self._cards()}).encode()
+
+    async def _find_model(self, name: str) -> tuple[int, str, bytes]:
+        card = next((card for card in await self._cards() if card["id"] == name), None)
+        if card is None:
+            raise ModelNotFound(f"The model `{name[:200]}` does not exist.", param="model")
+        return 200, "application/json", json.dumps(card).encode()
+
+    async def _cards(self) -> list[dict[str, Any]]:
         cards = [card for model in self._models for card in await model.cards()]
-        cards += [_card(assistant.name) | {"parent": assistant.model} for assistant in self._config.assistants]
-        return 200, "application/json", json.dumps({"object": "list", "data": cards}).encode()
+        return cards + [_card(assistant.name) | {"parent": assistant.model} for assistant in self._config.assistants]
 
     async def _report(self) -> None:
         while True:

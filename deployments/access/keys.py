@@ -198,6 +198,8 @@ def from_environment(text: str) -> list[KeyEntry]:
     Raises:
         ConfigError: There are none, or one is not a name and a hash. The message repeats nothing of it.
     """
+    if not text.strip():
+        raise ConfigError(f"{VARIABLE} is set and empty: unset it, or put `name:sha256` in")
     entries = []
     for i, item in enumerate(re.split(r"[,\s]+", text.strip())):
         name, _, digest = item.partition(":")

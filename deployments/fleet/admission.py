@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from deployments.errors import Overloaded
+from deployments.errors import BadRequest, Overloaded
 
 _WINDOW: Final = 64
 _UNKNOWN_WAIT_S: Final = 5.0
@@ -56,11 +56,14 @@ class Admission:
 
         Raises:
             Overloaded: With the time after which, at the present pace, there is room again.
+            BadRequest: There never is, for so many.
         """
         self._advance()
         if key is not None and self._held.get(key, 0) + n <= self._even_share(key):
             return
         limit = self._capacity + self._max_queued
+        if self._capacity and n > limit:
+            raise BadRequest(f"{n} answers at once are more than this server takes: {limit}.", param="n")
         if self.in_flight + n > limit:
             raise Overloaded(
                 f"This server holds {self.in_flight} requests for this model and takes {limit} at most. Retry later.",

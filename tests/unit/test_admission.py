@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.errors import Overloaded
+from deployments.errors import BadRequest, Overloaded
 from deployments.fleet.admission import Admission
 
 
@@ -38,6 +38,15 @@ def test_n_counts_as_n_sequences() -> None:
     admission.check(4)
     with pytest.raises(Overloaded):
         admission.check(5)
+
+
+def test_what_can_never_be_let_in_is_no_overload() -> None:
+    admission = Admission(4, clock=Clock())
+    admission.capacity = 4
+    admission.check(8)
+    with pytest.raises(BadRequest) as refused:
+        admission.check(9)
+    assert refused.value.param == "n"
 
 
 def test_room_returns_when_a_request_leaves() -> None:

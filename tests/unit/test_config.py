@@ -68,3 +68,8 @@ def test_an_assistants_model_may_go_by_any_of_its_names() -> None:
     AppConfig.parse({"models": [MODEL], "assistants": [ASSISTANT], "documents": {"uri": "s"}}).check_assistants(
         ["m", "alias"]
     )
+
+
+def test_a_key_nobody_knows_is_named_with_its_nearest_match() -> None:
+    with pytest.raises(ConfigError, match="routr: there is no such key; did you mean 'router'"):
+        AppConfig.parse({"models": [MODEL], "routr": {}})

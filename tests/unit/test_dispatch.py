@@ -80,6 +80,7 @@ async def test_a_single_model_needs_no_name() -> None:
         (b"", 400, "empty"),
         (b"{", 400, "not valid JSON"),
         (b"[]", 400, "JSON object"),
+        (b'{"model": "a", "user": "\xff\xfe"}', 400, "not valid JSON"),
         (b'{"model": 7}', 400, "must be one of: a, b"),
         (b"{}", 400, "must be one of: a, b"),
         (b'{"model": "zz"}', 404, "does not exist"),
@@ -180,6 +181,17 @@ async def test_what_a_request_holds_is_released_at_its_end_whatever_happens() ->
     assert (await ask(dispatcher, body=b"{}"))[0] == 500
     assert released == ["released"]
     assert request_scope.current() is None
+
+
+async def test_what_is_named_by_the_rest_of_a_path_is_looked_up() -> None:
+    async def lookup(name: str) -> tuple[int, str, bytes]:
+        return 200, "application/json", json.dumps({"id": name}).encode()
+
+    dispatcher = make({"a": RecordingApp()}, lookups={"/v1/models/": lookup})
+    status, answer, _ = await ask(dispatcher, method="GET", path="/v1/models/org/name")
+    assert (status, answer) == (200, {"id": "org/name"})
+    assert (await ask(dispatcher, method="GET", path="/v1/models/"))[0] == 404
+    assert (await ask(dispatcher, path="/v1/models/a"))[0] == 405
 
 
 async def test_a_mounted_app_gets_its_paths_and_reads_its_bodies_itself() -> None:
