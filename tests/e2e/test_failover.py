@@ -5,6 +5,7 @@ Two replicas, one Router, greedy decoding in float32. `make chaos` does the same
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import yaml
@@ -162,5 +164,6 @@ def test_an_engine_that_is_lost_in_mid_answer_costs_nobody_a_token(
         assert fleet.answers(then=lambda: hit.send_signal(by)) == undisturbed
     finally:
         if by == signal.SIGSTOP:
-            hit.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # Serve may have replaced it by now
+                hit.kill()
     wait_for(lambda: gone([hit]), 30, "it has ended")
