@@ -29,7 +29,7 @@ INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(ACCELERATOR)
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_TORCH)
 
-.PHONY: help serve install test check bench clean
+.PHONY: help serve install test check bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is.
@@ -51,6 +51,9 @@ check: $(INSTALLED_DEV) ## Lint, format, types (strict, see pyproject.toml) and 
 
 bench: $(INSTALLED) ## Compare with other servers on this machine, over HTTP.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+
+chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare what clients got. QUICK=1: each fault once.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos $(if $(QUICK),--quick)
 
 clean: ## Remove the environment, caches and the model that `make serve` wrote.
 	rm -rf $(VENV) models/tiny-random .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -118,12 +118,13 @@ class Server(ABC):
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         log = self.folder / f"{self.name}.log"
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         begin = time.monotonic()
         with open(log, "wb") as file:
             self._process = subprocess.Popen(
                 self.command(port),
                 cwd=ROOT,
-                env={**os.environ, **self.settings.environment},
+                env={**os.environ, **self.settings.environment, "PYTHONPATH": path},  # this tree, whatever is installed
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -157,26 +158,39 @@ class Server(ABC):
 
 
 class Groundswell(Server):
-    """`groundswell serve` with one Router and one engine replica.
+    """`groundswell serve` with one Router, and one engine replica unless more are asked for.
 
     Args:
         settings: Of its engine.
         folder: For its log and configuration.
         further_models: Models beside the first, which start no engine unless they are asked.
+        engines: Replicas of the first; on a GPU they share it.
+        fleet: Bounds and timeouts other than the defaults.
+        router: More of the Router's configuration.
     """
 
     name = "groundswell"
 
-    def __init__(self, settings: EngineSettings, folder: Path, *, further_models: int = 0) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        folder: Path,
+        *,
+        further_models: int = 0,
+        engines: int = 1,
+        fleet: Mapping[str, float] | None = None,
+        router: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(settings, folder)
-        self._further_models = further_models
+        self._further_models, self._engines = further_models, engines
+        self._router = {"fleet": dict(fleet or {}), **(router or {})}
 
     def command(self, port: int) -> list[str]:
         model = {
             "name": MODEL_NAME,
             "engine_args": dict(self.settings.engine_args),
             "env": dict(self.settings.environment),
-            "deployment": {"num_replicas": 1},
+            "deployment": {"num_replicas": self._engines, **self._share_of_gpu()},
         }
         asleep = {"deployment": {"autoscaling_config": {"min_replicas": 0, "max_replicas": 1}}}
         others = [
@@ -187,12 +201,17 @@ class Groundswell(Server):
             "name": "groundswell",
             "route_prefix": "/",
             "import_path": "deployments.app:build",
-            "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}}},
+            "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}, **self._router}},
         }
         config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
         path = self.folder / "groundswell.yaml"
         path.write_text(json.dumps(config, indent=2))  # JSON is YAML
         return [sys.executable, "-m", "deployments.cli", "serve", str(path), "--port", str(port)]
+
+    def _share_of_gpu(self) -> dict[str, Any]:
+        if self._engines == 1 or not has_cuda_build():
+            return {}
+        return {"ray_actor_options": {"num_gpus": 1 / self._engines}}
 
 
 class BareVllm(Server):

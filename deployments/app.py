@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -11,6 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from deployments.access.keys import configured
 from deployments.config import INDEXER_NAME, RETRIEVER_NAME, ROUTER_NAME, AppConfig, ModelConfig, merged
 from deployments.engine import Engine
 from deployments.errors import ConfigError
@@ -38,6 +40,8 @@ def assemble(config: AppConfig, engine: type) -> Application:
     """Build the app around an Engine class: the real one, or a stub in tests."""
     from deployments.seam.args import model_names, parse_args
 
+    if configured(config.router, os.environ):
+        config = _sharing_fairly(config)
     parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
     config.check_assistants([name for args in parsed.values() for name in model_names(args)])
     engines = {model.name: _engine(engine, model, config, parsed[model.name]) for model in config.models}
@@ -45,6 +49,17 @@ def assemble(config: AppConfig, engine: type) -> Application:
     ingress = serve.ingress()(Router)
     documents = _documents(config, engines) if config.documents is not None else None
     return serve.deployment(ingress, name=ROUTER_NAME, **options).bind(config, engines, documents)
+
+
+def _sharing_fairly(config: AppConfig) -> AppConfig:
+    """Have engines schedule by priority, which Routers stamp fair shares with, unless their model says how."""
+
+    def fair(model: ModelConfig) -> ModelConfig:
+        given = {key.replace("-", "_") for key in model.engine_args}
+        policy = {} if "scheduling_policy" in given else {"scheduling_policy": "priority"}
+        return model.model_copy(update={"engine_args": {**model.engine_args, **policy}})
+
+    return config.model_copy(update={"models": tuple(fair(model) for model in config.models)})
 
 
 def _documents(config: AppConfig, engines: dict[str, Application]) -> tuple[Application, Application]:
@@ -114,6 +129,8 @@ def _router_defaults() -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 0},
         # Serve's default of 5 would queue silently; what a Router takes is decided by `Fleet.check_admission`.
         "max_ongoing_requests": 10_000,
+        # In a rollout the new ones come before the old ones go: with Serve's 0, a lone Router would leave nobody.
+        "max_surge_percent": 100,
         "autoscaling_config": {
             "min_replicas": 1,
             "max_replicas": 4,
@@ -147,6 +164,8 @@ def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus} if gpu else {"num_cpus": 0.5},
         # An engine's batch, and a little to draw from; the rest waits in the Router, where new replicas can take it.
         "max_ongoing_requests": max_num_seqs + max(4, max_num_seqs // 8),
+        # One new replica, or a quarter of them, before an old one goes. Where no GPU is spare this must be 0.
+        "max_surge_percent": 25,
         "autoscaling_config": {
             "min_replicas": 1,
             "max_replicas": 4,

@@ -1,4 +1,4 @@
-"""`groundswell serve CONFIG`: serve a config on this machine; `ingest`, `search`, `ask`: use a running server.
+"""`groundswell`: `serve` a config on this machine, make an API `key`; `ingest`, `search`, `ask`: use a running server.
 
 Exit codes: 0 after Ctrl-C or when all went well, 1 with one sentence on stderr if it did not, 2 for wrong usage.
 """
@@ -13,32 +13,53 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deployments import documents_cli
+from deployments.access import keys
+from deployments.errors import ConfigError
 from deployments.launch import preflight, supervisor
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     options = _parser().parse_args(arguments)
-    if hasattr(options, "run"):
-        return documents_cli.run(options)
     try:
-        config = preflight.read_config(options.config, port=options.port)
-        supervisor.clean_up()
-        check(config)
-        supervisor.serve(config, dashboard=options.dashboard, verbose=options.verbose)
-    except preflight.CannotStart as problem:
+        return int(options.run(options) or 0)
+    except (preflight.CannotStart, ConfigError, OSError) as problem:
         print(f"groundswell: {problem}", file=sys.stderr)
         return 1
-    return 0
 
 
-def check(config: preflight.ServeConfig) -> None:
-    """Check everything that can be known before Ray starts.
+def _serve(options: argparse.Namespace) -> None:
+    config = preflight.read_config(options.config, port=options.port)
+    supervisor.clean_up()
+    needs_key = check(config)
+    supervisor.serve(config, needs_key=needs_key, dashboard=options.dashboard, verbose=options.verbose)
+
+
+def _new_key(options: argparse.Namespace) -> None:
+    """Print a new key, the only time anybody sees it, and what the server needs to know of it."""
+    key = keys.new_key()
+    digest = keys.hash_of(key)
+    if options.file is not None:
+        keys.add_to_file(options.file, options.name, digest)
+        told = f"Its hash was added to {options.file}. A running server takes it up within seconds."
+    else:
+        told = (
+            f"For the key file:\n\n{keys.entry_text(options.name, digest, '.yaml')}\n"
+            f"or for the environment:\n\n{keys.VARIABLE}={options.name}:{digest}"
+        )
+    print(f"The key of {options.name}, which is not kept and not shown again:", file=sys.stderr, flush=True)
+    print(key, flush=True)
+    print(told, file=sys.stderr)
+
+
+def check(config: preflight.ServeConfig) -> bool:
+    """Check everything that can be known before Ray starts; return whether clients need an API key.
 
     Raises:
         CannotStart: With the first reason why it cannot work.
     """
     preflight.check_ray_address(os.environ)
+    needs_key = preflight.check_keys(config, os.environ)
     preflight.check_port(config.host, config.port)
     preflight.check_vllm(find_spec("vllm") is not None)
     for model in config.models:
@@ -47,6 +68,7 @@ def check(config: preflight.ServeConfig) -> None:
     preflight.check_memory(
         config.models, config.folder, available_bytes=preflight.available_bytes(), gpu=preflight.has_gpu()
     )
+    return needs_key
 
 
 def make_example_model(model: preflight.ServedModel, folder: Path) -> None:
@@ -68,8 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="HTTP port instead of the config's; 0 takes a free one")
     serve.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (about 1 GB of memory)")
     serve.add_argument("--verbose", action="store_true", help="show the logs of all processes")
+    serve.set_defaults(run=_serve)
     documents_cli.add_commands(commands)
+    key = commands.add_parser("key", help="make an API key").add_subparsers(required=True, metavar="COMMAND")
+    new = key.add_parser("new", help="print a new key, and the hash that the server keeps of it")
+    new.add_argument("--name", required=True, type=_name, help="whose it is; one name may have several keys")
+    new.add_argument("--file", type=Path, help="key file (JSON, YAML, TOML) to add the hash to")
+    new.set_defaults(run=_new_key)
     return parser
+
+
+def _name(text: str) -> str:
+    try:
+        return keys.KeyEntry(name=text, sha256="0" * 64).name
+    except ValueError:
+        raise argparse.ArgumentTypeError("letters, digits, '.', '_' and '-', 64 at most") from None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,13 @@ class _Frozen(BaseModel):
 class FleetConfig(_Frozen):
     """Bounds and timeouts of the path between the Router and its engines."""
 
-    max_attempts: int = Field(3, ge=1, description="How often one request may be placed before it fails.")
+    max_attempts: int = Field(
+        3, ge=1, description="How often in a row one request may be placed without getting a token further."
+    )
+    max_engine_failures: int = Field(
+        10, ge=1, description="How many engine failures one request may meet in all, however far it gets between them."
+    )
+    retry_delay_s: float = Field(1.0, ge=0, description="Before a request is placed for the third time in a row.")
     connect_timeout_s: float = Field(10.0, gt=0, description="An engine gives up on a Router it cannot reach.")
     completeness_timeout_s: float = Field(
         5.0, gt=0, description="After an engine says 'end', how long its last deltas may still be on their way."
@@ -40,14 +46,35 @@ class FleetConfig(_Frozen):
     max_unread_messages: int = Field(8192, ge=16, description="Bound of a Router's receive buffer from one engine.")
 
 
+class KeysConfig(_Frozen):
+    """Where the API keys are. What stands there: `deployments.access.keys.KeyEntry`."""
+
+    file: str | None = Field(None, min_length=1, description="JSON, YAML or TOML, readable by every Router.")
+    reread_interval_s: float = Field(5.0, gt=0, description="How often to look whether the file has changed.")
+
+
 class RouterConfig(_Frozen):
     """The Router deployment."""
 
     deployment: dict[str, Any] = Field({}, description="Serve deployment options, merged over our defaults.")
     env: dict[str, str] = Field({}, description="Environment of the Router's process.")
+    keys: KeysConfig | None = Field(None, description="Callers need an API key; or set GROUNDSWELL_API_KEYS.")
+    isolate_prefix_cache: bool = Field(
+        False, description="Prompts of one key reuse no KV cache of another's, and cannot be guessed by its timing."
+    )
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
+    max_items: int = Field(2048, ge=1, description="Messages, prompts, texts or tools in one request.")
+    max_header_count: int = Field(100, ge=10)
+    max_header_bytes: int = Field(32 * 2**10, ge=1024)
     max_queued_requests: int = Field(
         512, ge=0, description="Requests one Router holds per model beyond what its running engines can work on."
+    )
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="Deadline of each request; a client may ask for less in `x-request-timeout-seconds`."
+    )
+    max_unread_s: float = Field(60.0, gt=0, description="A client that leaves its answer unread this long is cut off.")
+    max_queue_wait_s: float = Field(
+        10.0, gt=0, description="Requests that would wait longer for an engine, at its present pace, get 429."
     )
     fleet: FleetConfig = FleetConfig()
 
@@ -81,6 +108,7 @@ class AssistantConfig(_Frozen):
         name: What clients put into `model`.
         model: The model that answers, by any of its names.
         instructions: Come before those of the request.
+        owner: Name of the API key whose stores these are; without it, of whoever asks.
         sources_in_text: End the text in a list of what it cites, for clients that show nothing else.
         allow_without_documents: Answer without documents, and say so in the text, when they cannot be searched.
     """
@@ -90,6 +118,7 @@ class AssistantConfig(_Frozen):
     vector_store_ids: tuple[str, ...] = Field(min_length=1, max_length=16)
     instructions: str | None = None
     max_num_results: int | None = Field(None, ge=1, le=50)
+    owner: str | None = None
     sources_in_text: bool = False
     allow_without_documents: bool = False
 

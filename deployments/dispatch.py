@@ -5,8 +5,10 @@ Pure ASGI: knows no Ray and no vLLM. Each body is read once, bounded, and peeked
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final
@@ -22,7 +24,9 @@ from deployments.errors import (
     PayloadTooLarge,
     PublicError,
 )
+from deployments.redaction import redacted
 from deployments.request_scope import request_scope
+from deployments.time_limits import ClientStalled, Deadline, deadline, within
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -42,7 +46,24 @@ class _Peek(msgspec.Struct):
     use_beam_search: Any = None
     background: Any = None
     previous_response_id: Any = None
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
+    documents: msgspec.Raw = msgspec.Raw()
+    queries: msgspec.Raw = msgspec.Raw()
+    texts: msgspec.Raw = msgspec.Raw()
+    inputs: msgspec.Raw = msgspec.Raw()
+    items: msgspec.Raw = msgspec.Raw()
+    text_1: msgspec.Raw = msgspec.Raw()
+    text_2: msgspec.Raw = msgspec.Raw()
+    data_1: msgspec.Raw = msgspec.Raw()
+    data_2: msgspec.Raw = msgspec.Raw()
 
+
+_LISTS: Final = tuple(field for field in _Peek.__struct_fields__ if _Peek.__annotations__[field] == "msgspec.Raw")
+"""Fields in which a small body can ask for much: each item is rendered, and may become a request of its own."""
+_TOKEN_IDS: Final = re.compile(rb"\[\s*-?\d")
 
 _REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "use_beam_search": "Beam search",
@@ -64,7 +85,10 @@ class Dispatcher:
         names: All names clients may use, for messages.
         model_paths: Paths that belong to a model.
         own: The Router's own GET paths.
+        max_items: Messages, prompts, texts or tools in one request.
         mounted: Apps of their own, by the prefix of their paths; they read their bodies themselves.
+        request_timeout_s: Deadline of each request; a client may ask for less.
+        max_unread_s: How long a client may leave what is sent to it unread.
         count: Called with path and status of each finished request.
     """
 
@@ -76,7 +100,10 @@ class Dispatcher:
         own: Mapping[str, Answer],
         *,
         max_body_bytes: int,
+        max_items: int = 2048,
         mounted: Mapping[str, App] | None = None,
+        request_timeout_s: float | None = None,
+        max_unread_s: float = 60,
         count: Callable[[str, int], None] = lambda path, status: None,
     ) -> None:
         self._resolve = resolve
@@ -84,9 +111,11 @@ class Dispatcher:
         self._model_paths = frozenset(model_paths)
         self._own = own
         self._mounted = mounted or {}
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._max_items = max_body_bytes, max_items
+        self._request_timeout_s, self._max_unread_s = request_timeout_s, max_unread_s
         self._count = count
         self._decoder = msgspec.json.Decoder(_Peek)
+        self._items = msgspec.json.Decoder(list[msgspec.Raw])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -100,20 +129,34 @@ class Dispatcher:
         started = time.perf_counter()
         request_id = _request_id(scope)
         status = 0
+        streams = False
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
+                streams = any(
+                    name == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in message.get("headers", ())
+                )
+            else:
+                streams = streams and message.get("more_body", False)
             await send(message)
 
         path = scope["path"]
         try:
-            await self._route(scope, receive, watched)
+            limit = deadline(scope["headers"], self._request_timeout_s, asyncio.get_running_loop().time())
+            async with within(limit, watched, max_unread_s=self._max_unread_s) as bounded:
+                await self._route(scope, receive, bounded, limit)
         except PublicError as error:
-            await _respond(watched, error.status, json.dumps(error.body()).encode(), headers=error.headers())
-        except ClientGone:
+            if not status:
+                await _respond(watched, error.status, json.dumps(error.body()).encode(), headers=error.headers())
+            elif streams:
+                await watched({"type": "http.response.body", "body": last_words(path, error)})
+        except (ClientGone, ClientStalled) as gone:
             status = 499
+            if isinstance(gone, ClientStalled):
+                logger.warning("Request %s: its client has not read for %g s", request_id, self._max_unread_s)
         except Exception:
             logger.exception("Request %s failed", request_id)
             if status:
@@ -123,19 +166,19 @@ class Dispatcher:
         finally:
             known = path if path in self._model_paths or path in self._own else self._prefix(path) or "other"
             self._count(known, status)
-            logger.info(
-                "%s %r %s %.0f ms", scope["method"], path, status or "aborted", 1000 * (time.perf_counter() - started)
-            )
+            took_ms = 1000 * (time.perf_counter() - started)
+            logger.info("%s %r %s %.0f ms", scope["method"], redacted(path), status or "aborted", took_ms)
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _route(self, scope: Scope, receive: Receive, send: Send, limit: Deadline | None) -> None:
         path, method = scope["path"], scope["method"]
+        graceful = None if limit is None else (limit.graceful, limit.error)
         if (own := self._own.get(path)) is not None:
             if method not in ("GET", "HEAD"):
                 raise MethodNotAllowed(f"{path} takes GET.")
             code, content_type, body = await own()
             return await _respond(send, code, b"" if method == "HEAD" else body, content_type=content_type)
         if (prefix := self._prefix(path)) is not None:
-            with request_scope():
+            with request_scope(deadline=graceful):
                 return await self._mounted[prefix](scope, receive, send)
         for prefix, feature in _REFUSED_PATHS:
             if path.startswith(prefix):
@@ -150,7 +193,7 @@ class Dispatcher:
             raise MethodNotAllowed(f"{path} takes POST.")
         body = await self._read(scope, receive)
         app = await self._choose(body)
-        with request_scope():
+        with request_scope(deadline=graceful):
             await app(scope, replay(body, receive), send)
 
     def _prefix(self, path: str) -> str | None:
@@ -161,6 +204,7 @@ class Dispatcher:
         for field, feature in _REFUSED_FIELDS.items():
             if getattr(peek, field):
                 raise NotSupportedByFleet(f"{feature} is not supported over a fleet of engines.", param=field)
+        self._check_items(peek)
         name = peek.model
         if name is None and len(self._names) == 1:
             name = self._names[0]
@@ -170,6 +214,15 @@ class Dispatcher:
         if app is None:
             raise ModelNotFound(f"The model `{name[:200]}` does not exist.", param="model")
         return app
+
+    def _check_items(self, peek: _Peek) -> None:
+        for field in _LISTS:
+            raw = memoryview(getattr(peek, field))
+            if len(raw) <= 2 * self._max_items or bytes(raw[:1]) != b"[" or _TOKEN_IDS.match(raw):
+                continue  # too short for so many, or one prompt of token ids, which has the model's own limit
+            count = len(self._items.decode(raw))
+            if count > self._max_items:
+                raise BadRequest(f"`{field}` has {count} items, and may have {self._max_items}.", param=field)
 
     def _peek(self, body: bytes) -> _Peek:
         try:
@@ -216,6 +269,17 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
+
+
+def last_words(path: str, error: PublicError) -> bytes:
+    """Return the event that ends a stream of the API at `path` with an error, as its clients know it."""
+    if path == "/v1/messages":
+        body: dict[str, Any] = {"type": "error", "error": {"type": error.type, "message": error.message}}
+    elif path == "/v1/responses":
+        body = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    else:
+        return b"data: " + json.dumps(error.body()).encode() + b"\n\ndata: [DONE]\n\n"
+    return b"event: error\ndata: " + json.dumps(body).encode() + b"\n\n"
 
 
 async def _respond(

@@ -296,21 +296,24 @@ def add_commands(commands: Any) -> None:
     one = commands.add_parser("ingest", parents=[common], help="upload files and folders into a vector store")
     one.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     one.add_argument("--parallel", type=int, default=4, metavar="N", help="uploads at once (%(default)s)")
-    one.set_defaults(run=ingest)
+    one.set_defaults(run=run, use=ingest)
     two = commands.add_parser("search", parents=[common], help="search a vector store")
     two.add_argument("query")
     two.add_argument("--limit", type=int, default=5, metavar="N", help="results (%(default)s)")
-    two.set_defaults(run=search)
+    two.set_defaults(run=run, use=search)
     three = commands.add_parser("ask", parents=[common], help="ask a question of a vector store")
     three.add_argument("question")
     three.add_argument("--model", help="else the first that the server lists")
-    three.set_defaults(run=ask)
+    three.set_defaults(run=run, use=ask)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run one of the commands; return the exit code."""
     try:
-        return int(options.run(Server(options.url, options.key), options))
+        return int(options.use(Server(options.url, options.key), options))
     except Failure as failure:
         print(f"groundswell: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ngroundswell: stopped; the same command goes on from here", file=sys.stderr)
+        return 130

@@ -51,6 +51,15 @@ class BadRequest(PublicError):
     status, type = 400, "invalid_request_error"
 
 
+class Unauthorized(PublicError):
+    """No key, or none of ours. Never says which part of it was wrong."""
+
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "www-authenticate": "Bearer"}
+
+
 class NotFound(PublicError):
     status, type = 404, "invalid_request_error"
 
@@ -67,10 +76,33 @@ class PayloadTooLarge(PublicError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
 
 
+class HeadersTooLarge(PublicError):
+    status, type, code = 431, "invalid_request_error", "request_headers_too_large"
+
+
+class RateLimited(PublicError):
+    """A key has used what it may; `type` says of what, as OpenAI does."""
+
+    status, type, code = 429, "requests", "rate_limit_exceeded"
+
+
+class TokensLimited(RateLimited):
+    type = "tokens"
+
+
 class NotSupportedByFleet(PublicError):
     """A feature that needs state in one engine, which a fleet does not have."""
 
     status, type, code = 501, "not_implemented_error", "not_supported_by_fleet"
+
+
+class RequestTimeout(PublicError):
+    """The request's deadline has come. Its client set it, or we did: the same again would take as long."""
+
+    status, type, code = 408, "timeout_error", "request_timeout"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "x-should-retry": "false"}  # OpenAI's clients would try twice more
 
 
 class Overloaded(PublicError):

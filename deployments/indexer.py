@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from deployments.config import DocumentsConfig, ModelConfig
@@ -18,6 +19,8 @@ from deployments.serve_calls import PoolingCalls
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger("ray.serve.groundswell.indexer")
 
 _SPECIAL_TOKENS = 2
 """What an embedding model puts around a text."""
@@ -42,12 +45,17 @@ class Indexer:
         metrics = RayMetrics()
         place = (config.uri, config.storage_options)
         writer = await Writer.claim(*place, cache_bytes=config.cache_bytes, language=config.language, metrics=metrics)
+        tokenizer = tokenizer_file(reader_model.engine_args.get("tokenizer") or reader_model.engine_args["model"])
+        counted = (
+            f"by the tokenizer of {reader_model.name}" if tokenizer else "by estimate: the model has no tokenizer.json"
+        )
+        logger.info("Tokens of chunks are counted %s", counted)
         sandbox = Sandbox(
             workers=config.parse_workers,
             memory_bytes=config.parse_memory_bytes,
             timeout_s=config.parse_timeout_s,
             max_chars=config.max_text_chars,
-            tokenizer=tokenizer_file(reader_model.engine_args.get("tokenizer") or reader_model.engine_args["model"]),
+            tokenizer=tokenizer,
             metrics=metrics,
         )
         calls = PoolingCalls(embedder, "The embedding model", timeout_s=config.embed_timeout_s) if embedder else None

@@ -19,6 +19,7 @@ DELTAS: Final = b"d"
 HEARTBEAT: Final = b"b"
 ABORT: Final = b"a"
 PING: Final = b"p"
+STRANGER: Final = b"s"
 
 
 class ChannelAddress(msgspec.Struct, frozen=True):

@@ -23,6 +23,12 @@ METRICS: Final[Mapping[str, Metric]] = {
     "fleet_requests": Metric("counter", "Requests by how they ended.", ("model", "outcome")),
     "fleet_rejected_requests": Metric("counter", "Requests refused before any work, for overload.", ("model",)),
     "fleet_engine_failures": Metric("counter", "Attempts that failed by an engine's fault.", ("model",)),
+    "fleet_recovered_requests": Metric(
+        "counter",
+        "Requests placed again after an engine's failure, from their start or from where they were.",
+        ("model", "how"),
+    ),
+    "fleet_recovery_seconds": Metric("histogram", "From an engine's failure to the next delta.", ("model",)),
     "fleet_request_seconds": Metric("histogram", "From placement to the end of a request.", ("model",)),
     "fleet_time_to_first_token_seconds": Metric("histogram", "From placement to the first delta.", ("model",)),
     "fleet_requests_in_flight": Metric("gauge", "Sequences this Router holds.", ("model",)),
@@ -54,6 +60,9 @@ METRICS: Final[Mapping[str, Metric]] = {
     "retriever_stage_seconds": Metric("histogram", "Time of each stage of a search.", ("stage",)),
     "retriever_hits": Metric("counter", "Passages found and returned."),
     "retriever_open_tables": Metric("gauge", "Tables a Retriever keeps open."),
+    "router_refused_requests": Metric("counter", "Requests refused before anything was looked at.", ("reason",)),
+    "router_key_requests": Metric("counter", "Requests by key and status.", ("key", "status")),
+    "router_key_tokens": Metric("counter", "Tokens of prompts and answers, by key.", ("key",)),
     "router_http_requests": Metric("counter", "HTTP requests by path and status.", ("path", "status")),
 }
 

@@ -8,13 +8,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Final
+
+from deployments.errors import PublicError
+
+
+@dataclass
+class Caller:
+    """Who asks, where there are keys.
+
+    Attributes:
+        name: The key's name.
+        owner: Whose files and vector stores it sees.
+        may_set_priority: Whether the request's own `priority` counts.
+        tokens: What the request has used so far, prompt and answer.
+    """
+
+    name: str
+    owner: str | None
+    may_set_priority: bool = False
+    tokens: int = 0
 
 
 class RequestScope:
-    """Things kept by name until the request ends, and what must happen then."""
+    """Things kept by name until the request ends, and what must happen then.
 
-    def __init__(self) -> None:
+    Attributes:
+        caller: Who asks.
+        deadline: When the request must end, by the event loop's clock, and with which error.
+    """
+
+    def __init__(self, caller: Caller | None = None, deadline: tuple[float, PublicError] | None = None) -> None:
+        self.caller, self.deadline = caller, deadline
         self.kept: dict[str, Any] = {}
         self._at_end: list[Callable[[], None]] = []
 
@@ -34,10 +60,24 @@ def current() -> RequestScope | None:
     return _current.get()
 
 
+def caller() -> Caller | None:
+    """Return who asks; None where there are no keys, or none was needed."""
+    scope = _current.get()
+    return None if scope is None else scope.caller
+
+
+def owner() -> str | None:
+    """Return whose files and vector stores the request may see: None means those that are nobody's."""
+    asking = caller()
+    return None if asking is None else asking.owner
+
+
 @contextmanager
-def request_scope() -> Iterator[RequestScope]:
-    """Open a scope for one HTTP request."""
-    scope = RequestScope()
+def request_scope(
+    asking: Caller | None = None, *, deadline: tuple[float, PublicError] | None = None
+) -> Iterator[RequestScope]:
+    """Open a scope for one HTTP request; one within another has the same caller."""
+    scope = RequestScope(asking or caller(), deadline)
     token = _current.set(scope)
     try:
         yield scope

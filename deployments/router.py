@@ -7,11 +7,16 @@ import json
 import logging
 import os
 import random
+import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import TYPE_CHECKING, Any, cast
 
 from deployments import messages as m
+from deployments import request_scope
+from deployments.access.fair_share import FairShare
+from deployments.access.gate import Gate
+from deployments.access.keys import KeyRing, key_ring
 from deployments.config import AppConfig, ModelConfig
 from deployments.dispatch import App, Dispatcher
 from deployments.errors import EngineFailure, EngineUnavailable
@@ -56,6 +61,9 @@ class Router:
         self._config, self._engines, self._documents = config, engines, documents
         self._metrics = RayMetrics()
         self._models: list[_Model] = []
+        self._keys = key_ring(config.router, os.environ)
+        if self._keys is None:
+            logger.warning("There are no API keys: whoever reaches the HTTP port may use it")
 
     async def __serve_build_asgi_app__(self) -> App:
         """Called by Serve, once, on the replica's event loop."""
@@ -91,7 +99,7 @@ class Router:
             app, config = await model.app(), self._config.grounding
             return GroundedApp(app, model.limits(), retriever, config, metrics=self._metrics, assistant=assistant)
 
-        return Dispatcher(
+        dispatcher = Dispatcher(
             resolve,
             [*by_name, *assistants],
             frontend.MOUNTED - {"/v1/models"},
@@ -103,8 +111,26 @@ class Router:
                 "/metrics": _node_metrics,
             },
             max_body_bytes=self._config.router.max_body_bytes,
+            max_items=self._config.router.max_items,
             mounted=self._mounted(),
+            request_timeout_s=self._config.router.request_timeout_s,
+            max_unread_s=self._config.router.max_unread_s,
             count=lambda path, status: self._metrics.inc("router_http_requests", path=path, status=str(status)),
+        )
+        return self._guarded(dispatcher, frontend.MOUNTED)
+
+    def _guarded(self, app: App, model_paths: Collection[str]) -> App:
+        """Put the gate in front, and keep its keys as their file has them."""
+        config, keys = self._config.router, self._keys
+        if keys is not None and config.keys is not None:
+            self._tasks.append(asyncio.get_running_loop().create_task(_refresh(keys, config.keys.reread_interval_s)))
+        return Gate(
+            app,
+            keys,
+            model_paths,
+            max_header_count=config.max_header_count,
+            max_header_bytes=config.max_header_bytes,
+            metrics=self._metrics,
         )
 
     def _retriever(self) -> Any:
@@ -125,6 +151,7 @@ class Router:
             cast("RetrieverApi", self._retriever()),
             config,
             max_body_bytes=self._config.router.max_body_bytes,
+            owner_of=lambda scope: request_scope.owner(),
         )
         return dict.fromkeys(PREFIXES, app)
 
@@ -132,7 +159,9 @@ class Router:
         """Ready when every model has an engine, or may have none; otherwise 503 that names what is missing."""
         replicas = {model.name: len(model.fleet.replicas) for model in self._models}
         loading = [model.name for model in self._models if not model.ready]
-        body = {"status": "loading" if loading else "ok", "replicas": replicas, "loading": loading}
+        body: dict[str, Any] = {"status": "loading" if loading else "ok"}
+        if self._keys is None or request_scope.caller() is not None:  # names and numbers are not for everybody
+            body |= {"replicas": replicas, "loading": loading}
         return (503 if loading else 200), "application/json", json.dumps(body).encode()
 
     async def _list_models(self) -> tuple[int, str, bytes]:
@@ -147,6 +176,15 @@ class Router:
                 fleet = model.fleet
                 self._metrics.set("fleet_requests_in_flight", fleet.admission.in_flight, model=fleet.model)
                 self._metrics.set("fleet_known_replicas", len(fleet.replicas), model=fleet.model)
+
+
+async def _refresh(keys: KeyRing, interval_s: float) -> None:
+    while True:
+        await asyncio.sleep(interval_s)
+        try:
+            await asyncio.to_thread(keys.refresh)
+        except Exception:
+            logger.exception("The key file could not be looked at")
 
 
 async def _version() -> tuple[int, str, bytes]:
@@ -176,10 +214,12 @@ async def _node_metrics() -> tuple[int, str, bytes]:
 class _ServeCalls:
     """Opens Serve calls to one Engine deployment, and says which of its replicas Serve runs."""
 
-    def __init__(self, handle: DeploymentHandle, on_replicas: Callable[[frozenset[str]], None]) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, on_replicas: Callable[[frozenset[str]], None], *, join_timeout_s: float
+    ) -> None:
         loop = asyncio.get_running_loop()
         watch(handle.deployment_name, lambda replicas: loop.call_soon_threadsafe(on_replicas, replicas))
-        self._handle = handle
+        self._handle, self._join_timeout_s = handle, join_timeout_s
         self._generate = handle.options(stream=True, method_name="generate")
 
     def open(self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: Ticket) -> _ServeCall:
@@ -189,10 +229,16 @@ class _ServeCalls:
         """Have all running replicas connect to the channel; return what those that could say of themselves."""
         from ray.serve.exceptions import DeploymentUnavailableError
 
+        async def answer(result: Any) -> Any:
+            async with asyncio.timeout(self._join_timeout_s):
+                return await result.get_async()
+
         try:
-            answers = await self._handle.broadcast("join", channel).results_async(return_exceptions=True)
+            # Not by `results_async`, which waits for all: one replica that is stuck would keep out the rest.
+            results = await self._handle.broadcast("join", channel)._fetch_replica_results_async()
         except DeploymentUnavailableError:
             return []
+        answers = await asyncio.gather(*map(answer, results), return_exceptions=True)
         for error in (a for a in answers if isinstance(a, Exception)):
             logger.warning("A replica of %s did not join: %s", self._handle.deployment_name, type(error).__name__)
         return [a for a in answers if isinstance(a, m.EngineDescription)]
@@ -235,14 +281,17 @@ class _Model:
         self, model: ModelConfig, config: AppConfig, exchange: Exchange, handle: DeploymentHandle, metrics: RayMetrics
     ) -> None:
         from deployments.seam.args import frontend_config, model_names, parse_args
+        from deployments.seam.stamps import Stamps
 
         self.name = model.name
         self._args: Namespace = parse_args(model.name, model.engine_args, model.frontend_args)
         self._vllm_config = frontend_config(self._args)
         self.names = model_names(self._args)
         self._may_be_empty = (model.deployment.get("autoscaling_config") or {}).get("min_replicas") == 0
-        self._channel = exchange.channel.address
-        self._calls = _ServeCalls(handle, self._on_replicas)
+        self._exchange, self._channel = exchange, exchange.channel.address
+        self._calls = _ServeCalls(
+            handle, self._on_replicas, join_timeout_s=config.router.fleet.connect_timeout_s + _JOIN_RETRY_S
+        )
         self.fleet = Fleet(
             model.name,
             self._calls.open,
@@ -250,8 +299,13 @@ class _Model:
             Ledger(rng=random.Random()),
             config.router.fleet,
             max_queued=config.router.max_queued_requests,
+            max_queue_wait_s=config.router.max_queue_wait_s,
             metrics=metrics,
+            on_missing=self._join_missing,
         )
+        # By time of day, which Routers on several nodes share.
+        fair_share = FairShare(clock=time.time) if self._args.scheduling_policy == "priority" else None
+        self._stamps = Stamps(fair_share, isolate_prefix_cache=config.router.isolate_prefix_cache)
         self._limits: Limits | None = None
         self._lock = asyncio.Lock()
         self._joining: asyncio.Task[None] | None = None
@@ -296,7 +350,7 @@ class _Model:
             if description is not None:
                 self._vllm_config.model_config.max_model_len = description.max_model_len
                 tasks = description.supported_tasks
-            client = FleetClient(self.fleet, self._vllm_config, tasks)
+            client = FleetClient(self.fleet, self._vllm_config, tasks, self._stamps)
             context = client.model_config.max_model_len
             self._limits = Limits(self.name, client.let_in, token_counter(client), context)
             self.built = await build_model_app(self._args, client)
@@ -304,6 +358,9 @@ class _Model:
     def _on_replicas(self, replicas: frozenset[str]) -> None:
         """Serve's set of running replicas changed."""
         self.fleet.set_replicas(replicas)
+        self._join_missing()
+
+    def _join_missing(self) -> None:
         if self._joining is None or self._joining.done():
             self._joining = asyncio.get_running_loop().create_task(self._join())
 
@@ -312,7 +369,8 @@ class _Model:
         while self.fleet.missing:
             try:
                 for description in await self._calls.join(self._channel):
-                    self.fleet.joined(description)
+                    if description.replica in self._exchange.channel.replicas:  # or it means a connection we dropped
+                        self.fleet.joined(description)
                     await self._build(description)
             except Exception:
                 logger.exception("Replicas of %s could not be joined to the token channel", self.name)

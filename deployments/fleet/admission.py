@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -16,17 +17,33 @@ _LONGEST_WAIT_S: Final = 120.0
 class Admission:
     """Counts sequences in this Router and refuses beyond what engines can work on plus a bounded queue.
 
+    The queue has two bounds: how many wait, and for how long the last of them will, at the pace at which engines finish
+    when all of them are busy. Engines that are not busy say nothing about what they could do.
+
     Args:
         max_queued: Sequences held beyond the capacity of the running engines.
+        max_wait_s: How long one of them may have to wait for an engine.
         clock: Monotonic seconds.
     """
 
-    def __init__(self, max_queued: int, *, clock: Callable[[], float]) -> None:
-        self._max_queued = max_queued
+    def __init__(self, max_queued: int, *, max_wait_s: float = math.inf, clock: Callable[[], float]) -> None:
+        self._max_queued, self._max_wait_s = max_queued, max_wait_s
         self._clock = clock
-        self._finished: deque[float] = deque(maxlen=_WINDOW)
-        self.capacity = 0
+        self._capacity = 0
         self.in_flight = 0
+        self._busy_s, self._at = 0.0, clock()
+        self._finished: deque[float] = deque(maxlen=_WINDOW)
+        """When sequences have ended, in seconds that engines had been busy for by then."""
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that the running engines work on at once."""
+        return self._capacity
+
+    @capacity.setter
+    def capacity(self, sequences: int) -> None:
+        self._advance()
+        self._capacity = sequences
 
     def check(self, n: int) -> None:
         """Raise unless `n` more sequences may start.
@@ -34,12 +51,22 @@ class Admission:
         Raises:
             Overloaded: With the time after which, at the present pace, there is room again.
         """
-        limit = self.capacity + self._max_queued
+        self._advance()
+        limit = self._capacity + self._max_queued
         if self.in_flight + n > limit:
             raise Overloaded(
                 f"This server holds {self.in_flight} requests for this model and takes {limit} at most. Retry later.",
-                retry_after_s=self._wait(self.in_flight + n - limit),
+                retry_after_s=_bounded(self._wait(self.in_flight + n - limit)),
             )
+        queued = self.in_flight + n - self._capacity
+        # A few always wait in each engine, so that it has something to draw from.
+        if self._capacity and queued > max(4, self._capacity // 8):
+            wait_s = self._wait(queued)
+            if wait_s is not None and wait_s > self._max_wait_s:
+                raise Overloaded(
+                    f"All engines of this model are busy: this request would wait for about {wait_s:.0f} s.",
+                    retry_after_s=_bounded(wait_s - self._max_wait_s),
+                )
 
     def reserve(self, n: int) -> Reservation:
         """Let `n` sequences in, at once: what is asked next already finds their places taken.
@@ -52,24 +79,41 @@ class Admission:
         return Reservation(self, n)
 
     def enter(self, n: int) -> None:
+        self._advance()
         self.in_flight += n
 
     def leave(self, n: int) -> None:
         """`n` sequences have been worked on to their end."""
+        self._advance()
+        if self._is_busy:
+            self._finished.extend([self._busy_s] * n)
         self.in_flight -= n
-        now = self._clock()
-        self._finished.extend([now] * n)
 
     def give_back(self, n: int) -> None:
         """`n` places were never used."""
+        self._advance()
         self.in_flight -= n
 
-    def _wait(self, excess: int) -> float:
-        """Return how long `excess` sequences take to finish, at the pace of the latest ones."""
-        if len(self._finished) < 2:
-            return _UNKNOWN_WAIT_S
-        elapsed = self._clock() - self._finished[0]
-        return min(_LONGEST_WAIT_S, max(1.0, excess * elapsed / len(self._finished)))
+    @property
+    def _is_busy(self) -> bool:
+        return self.in_flight >= max(1, self._capacity)
+
+    def _advance(self) -> None:
+        now = self._clock()
+        if self._is_busy:
+            self._busy_s += now - self._at
+        self._at = now
+
+    def _wait(self, sequences: int) -> float | None:
+        """Return how long so many sequences take to finish at the pace of the latest ones; None where none is known."""
+        whole = len(self._finished) == _WINDOW
+        finished = len(self._finished) - whole
+        elapsed = self._busy_s - (self._finished[0] if whole else 0.0)
+        return sequences * elapsed / finished if finished >= 2 and elapsed > 0 else None
+
+
+def _bounded(wait_s: float | None) -> float:
+    return _UNKNOWN_WAIT_S if wait_s is None else min(_LONGEST_WAIT_S, max(1.0, wait_s))
 
 
 class Reservation:

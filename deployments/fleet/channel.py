@@ -17,6 +17,7 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ logger = logging.getLogger("ray.serve.groundswell.channel")
 
 Frames = Sequence[bytes | bytearray | memoryview]
 _READ_BUDGET = 256
+_PAUSE_S = 1.0
 _encode = msgspec.msgpack.encode
 
 
@@ -47,6 +49,17 @@ class Metrics(Protocol):
 
 class ChannelError(Exception):
     """The other end cannot be reached."""
+
+
+class _Rounds:
+    """Tells whether it is fair to ask who was silent: not right after a pause of our own, with words still unread."""
+
+    def __init__(self, interval_s: float, clock: Callable[[], float]) -> None:
+        self._longest_s, self._clock, self._last = interval_s + _PAUSE_S, clock, clock()
+
+    def fair(self) -> bool:
+        last, self._last = self._last, self._clock()
+        return self._last - last <= self._longest_s
 
 
 class _Socket:
@@ -161,6 +174,7 @@ class RouterEnd:
         self._hello = msgspec.msgpack.Decoder(m.Hello)
         self._heartbeat = msgspec.msgpack.Decoder(m.Heartbeat)
         self._socket = _Socket(socket, self._on_message)
+        self._rounds = _Rounds(config.heartbeat_interval_s, clock)
         self._ping_task = asyncio.get_running_loop().create_task(self._ping())
 
     def _on_message(self, frames: list[bytes]) -> None:
@@ -172,6 +186,7 @@ class RouterEnd:
             replica = self._peers.get(identity)
             if replica is None:
                 self._metrics.inc("channel_dropped_messages", reason="stranger")
+                self._socket.send([identity, m.STRANGER])  # an engine we gave up may not have noticed
                 return
             self._heard[identity] = self._clock()
             if kind == m.DELTAS:
@@ -215,7 +230,7 @@ class RouterEnd:
                 logger.exception("The engines could not all be pinged")
 
     def _ping_all(self) -> None:
-        silent_before = self._clock() - self._config.heartbeat_timeout_s
+        silent_before = self._clock() - self._config.heartbeat_timeout_s if self._rounds.fair() else -math.inf
         for identity, heard in list(self._heard.items()):
             if heard < silent_before or not self._socket.send([identity, m.PING]):
                 replica = self._forget(identity)
@@ -258,6 +273,8 @@ class Link:
             except (msgspec.MsgspecError, IndexError) as error:
                 self._end.metrics.inc("channel_dropped_messages", reason="malformed")
                 logger.warning("A malformed message on the token channel was dropped: %s", error)
+        elif frames[0] == m.STRANGER:
+            self.fail("it has given this engine up")
         elif frames[0] != m.PING:
             self._end.metrics.inc("channel_dropped_messages", reason="unknown_kind")
 
@@ -309,6 +326,7 @@ class EngineEnd:
         self._config, self._beat = config, beat
         self._context = zmq.Context()
         self._links: dict[str, Link] = {}
+        self._rounds = _Rounds(config.heartbeat_interval_s, clock)
         self._beat_task = asyncio.get_running_loop().create_task(self._heartbeats())
 
     async def link(self, address: m.ChannelAddress) -> Link:
@@ -351,7 +369,7 @@ class EngineEnd:
 
     def _beat_all(self) -> None:
         payload = _encode(self._beat())
-        silent_before = self.clock() - self._config.heartbeat_timeout_s
+        silent_before = self.clock() - self._config.heartbeat_timeout_s if self._rounds.fair() else -math.inf
         for link in list(self._links.values()):
             if link.heard < silent_before:
                 link.fail("it has fallen silent")

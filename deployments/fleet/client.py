@@ -2,7 +2,7 @@
 
 A request flies like this (`Flight`): book a place, call an Engine through Serve, hear `accepted`, take deltas from the
 token channel, hear `end`, and wait, bounded, for deltas that are still on their way. An engine's failure places the
-request again while nothing has reached the client; the client's own failure never does.
+request again, from its prompt or from what the client already has; the client's own failure never does.
 
 Knows no vLLM (requests are frames, outputs are opaque) and no Ray (an engine call is a function passed in).
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from deployments import messages as m
 from deployments.config import FleetConfig
@@ -49,8 +50,17 @@ class Submission(Protocol):
     """One request, as the seam hands it in."""
 
     request_id: str
-    prompt_tokens: int
     sequences: int
+    order: tuple[int, float]
+    """Smaller goes first among those that wait for an engine; equals in the order they came."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """What an engine must prefill in the next attempt."""
+
+    @property
+    def progress(self) -> int:
+        """Tokens delivered that the next attempt would keep."""
 
     def encode(self) -> list[bytes]:
         """Return the frames for the next attempt."""
@@ -62,9 +72,12 @@ class Submission(Protocol):
     def finished(self) -> bool:
         """Whether the client has, or can have, all it asked for."""
 
-    @property
-    def restartable(self) -> bool:
-        """Whether a second run from the start would be invisible: nothing has reached the client."""
+    def recover(self) -> Literal["restarted", "continued", "finished"]:
+        """Get ready for another attempt and return how it begins; finished: nothing was missing but the end.
+
+        Raises:
+            PublicError: What has reached the client can be neither taken back nor continued.
+        """
 
     def fail(self, error: PublicError) -> None:
         """End the request with an error the client reads."""
@@ -85,13 +98,15 @@ class Ticket:
     becomes None: engines have no use for it.
     """
 
-    def __init__(self, ledger: Ledger, booking: Booking, avoid: frozenset[str]) -> None:
-        self._ledger, self._booking, self._avoid = ledger, booking, avoid
+    def __init__(
+        self, ledger: Ledger, booking: Booking, avoid: frozenset[str], order: tuple[int, float] = (0, 0.0)
+    ) -> None:
+        self._ledger, self._booking, self._avoid, self.order = ledger, booking, avoid, order
 
     def rank(self, candidates: list[str]) -> list[str]:
-        """Return replica ids, best first; replicas that have just failed this request come last."""
+        """Return replica ids, best first; those that have failed this request only where there is no other."""
         fresh = [c for c in candidates if c not in self._avoid]
-        return self._ledger.place(self._booking, fresh or candidates)
+        return self._ledger.place(self._booking, fresh) or self._ledger.place(self._booking, candidates)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -103,15 +118,17 @@ class Flight:
     def __init__(self, fleet: Fleet, submission: Submission) -> None:
         self._fleet = fleet
         self._submission = submission
-        self._booking = fleet.ledger.book(submission.prompt_tokens, submission.sequences)
         self._failed_replicas: frozenset[str] = frozenset()
         self._loop = asyncio.get_running_loop()
         self._started = fleet.clock()
+        self._failed_at: float | None = None
+        self._begun = False
         self._reset()
         self.task = self._loop.create_task(self._fly())
         self.task.add_done_callback(lambda _: fleet.admission.leave(submission.sequences))
 
     def _reset(self) -> None:
+        self._booking = self._fleet.ledger.book(self._submission.prompt_tokens, self._submission.sequences)
         self.stream = secrets.randbits(62)
         self.replica: str | None = None
         self._execution: int | None = None
@@ -123,25 +140,8 @@ class Flight:
         fleet, submission = self._fleet, self._submission
         outcome = "failed"
         try:
-            for attempt in range(1, fleet.config.max_attempts + 1):
-                try:
-                    await self._attempt()
-                    outcome = "finished"
-                    return
-                except EngineFailure as failure:
-                    again = submission.restartable and attempt < fleet.config.max_attempts
-                    fleet.metrics.inc("fleet_engine_failures", model=fleet.model)
-                    logger.warning(
-                        "Request %s: attempt %d at %s failed (%s)%s",
-                        *(submission.request_id, attempt, self.replica, failure),
-                        "; placing it again" if again else "",
-                    )
-                    if not again:
-                        raise EngineUnavailable(
-                            "The engine that ran this request failed before it was finished.", retry_after_s=1
-                        ) from failure
-                    if self.replica is not None:
-                        self._failed_replicas |= {self.replica}
+            await self._attempts()
+            outcome = "finished"
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
@@ -154,6 +154,40 @@ class Flight:
         finally:
             fleet.metrics.inc("fleet_requests", model=fleet.model, outcome=outcome)
             fleet.metrics.observe("fleet_request_seconds", fleet.clock() - self._started, model=fleet.model)
+
+    async def _attempts(self) -> None:
+        """Run the request until it is finished, through as many engine failures as it is allowed.
+
+        Two bounds: attempts in a row that brought no token further, and failures in all. The first gives a long stream
+        as many lives as it needs; the second keeps a request that kills its engines from killing them all.
+        """
+        fleet, submission = self._fleet, self._submission
+        failures = in_vain = 0
+        while True:
+            progress = submission.progress
+            try:
+                return await self._attempt()
+            except EngineFailure as failure:
+                fleet.metrics.inc("fleet_engine_failures", model=fleet.model)
+                self._failed_at = self._failed_at or fleet.clock()
+                failures += 1
+                logger.warning(
+                    "Request %s: attempt %d at %s failed after %d tokens (%s)",
+                    *(submission.request_id, failures, self.replica, submission.progress, failure),
+                )
+                how = submission.recover()
+                in_vain = 0 if submission.progress > progress else in_vain + 1
+                if how == "finished":
+                    return
+                if in_vain >= fleet.config.max_attempts or failures >= fleet.config.max_engine_failures:
+                    raise EngineUnavailable(
+                        "The engines that ran this request failed before it was finished.", retry_after_s=1
+                    ) from failure
+                fleet.metrics.inc("fleet_recovered_requests", model=fleet.model, how=how)
+                if self.replica is not None:
+                    self._failed_replicas |= {self.replica}
+            if in_vain > 1:  # the first was bad luck; now give what is dying the time to be known for dead
+                await asyncio.sleep(fleet.config.retry_delay_s)
 
     async def _attempt(self) -> None:
         """Run the request once.
@@ -168,7 +202,7 @@ class Flight:
             self._submission.encode(),
             fleet.exchange.channel.address,
             self.stream,
-            Ticket(fleet.ledger, self._booking, self._failed_replicas),
+            Ticket(fleet.ledger, self._booking, self._failed_replicas, self._submission.order),
         )
         messages = self._messages(call)
         fleet.exchange.flights[self.stream] = self
@@ -250,15 +284,16 @@ class Flight:
             return
         if self._execution is None:
             self._execution, self.replica = delta.execution, replica
+        if replica != self.replica or delta.sequence < self._next_sequence:
+            # Another's, or said before: it takes nothing from this stream, so it must not end it either.
+            return self._fleet.metrics.inc("channel_dropped_messages", reason="foreign")
         if delta.execution != self._execution:
             return self.lose("deltas of another execution arrived")
         if delta.sequence != self._next_sequence:
             return self.lose(f"delta {delta.sequence} arrived in place of {self._next_sequence}")
         if self._next_sequence == 0:
             self._booking.prefilled()
-            self._fleet.metrics.observe(
-                "fleet_time_to_first_token_seconds", self._fleet.clock() - self._started, model=self._fleet.model
-            )
+            self._note_first_delta()
         self._next_sequence += 1
         try:
             surplus = self._submission.deliver(delta.output, weight_version)
@@ -271,6 +306,15 @@ class Flight:
             self._abort(index)
         if self._submission.finished or self._last_sequence == delta.sequence:
             self._complete.set_result(None)
+
+    def _note_first_delta(self) -> None:
+        fleet, now = self._fleet, self._fleet.clock()
+        if self._failed_at is not None:
+            fleet.metrics.observe("fleet_recovery_seconds", now - self._failed_at, model=fleet.model)
+            self._failed_at = None
+        if not self._begun:
+            self._begun = True
+            fleet.metrics.observe("fleet_time_to_first_token_seconds", now - self._started, model=fleet.model)
 
     def _abort(self, index: int) -> None:
         if self.replica is not None and self._execution is not None:
@@ -354,6 +398,8 @@ class Fleet:
         call: Opens a Serve call to an Engine.
         exchange: This Router's end of the token channel, shared by its fleets.
         max_queued: Bound of what waits here beyond the engines' capacity.
+        on_missing: Called when a running replica should join the channel again.
+        max_queue_wait_s: Bound of how long that takes.
     """
 
     def __init__(
@@ -365,12 +411,14 @@ class Fleet:
         config: FleetConfig,
         *,
         max_queued: int,
+        max_queue_wait_s: float = math.inf,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        on_missing: Callable[[], object] = lambda: None,
     ) -> None:
         self.model, self.call, self.exchange, self.ledger, self.config = model, call, exchange, ledger, config
-        self.metrics, self.clock = metrics, clock
-        self.admission = Admission(max_queued, clock=clock)
+        self.metrics, self.clock, self._on_missing = metrics, clock, on_missing
+        self.admission = Admission(max_queued, max_wait_s=max_queue_wait_s, clock=clock)
         exchange.fleets[model] = self
         self._running: frozenset[str] = frozenset()
         self.replicas: dict[str, m.EngineDescription] = {}
@@ -394,11 +442,11 @@ class Fleet:
 
         One that left the set may be draining, so its streams stay: its death is told by its calls and heartbeats.
         """
-        self._running = running
-        for gone in self.replicas.keys() - running:
-            del self.replicas[gone]
+        for gone in self._running - running:
+            self.replicas.pop(gone, None)
             self.heartbeats.pop(gone, None)
             self.ledger.forget(gone)
+        self._running = running
         self._count_capacity()
 
     @property
@@ -409,6 +457,8 @@ class Fleet:
     def joined(self, description: m.EngineDescription) -> None:
         """A replica is connected to the channel."""
         if description.replica in self._running:
+            if description.replica not in self.replicas:
+                self.ledger.forget(description.replica)  # it may have been suspended
             self.replicas[description.replica] = description
             self._count_capacity()
 
@@ -431,9 +481,14 @@ class Fleet:
             self._lose_flights(replica, f"no engine step for {heartbeat.seconds_since_step:.0f} s")
 
     def lose_replica(self, replica: str, reason: str) -> None:
-        """A replica is gone: its requests go elsewhere or fail, now."""
+        """A replica cannot be heard: its requests go elsewhere now, and it gets no other until it has joined again."""
         self.heartbeats.pop(replica, None)
         self.ledger.forget(replica)
+        if replica in self._running:
+            self.ledger.suspend(replica)
+            self.replicas.pop(replica, None)
+            self._count_capacity()
+            self._on_missing()
         self._lose_flights(replica, reason)
 
     def _lose_flights(self, replica: str, reason: str) -> None:

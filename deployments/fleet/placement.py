@@ -21,9 +21,6 @@ KV_PRESSURE_FROM = 0.9
 """KV cache use above which a replica is about to preempt: recomputation, the costliest thing a placement can cause."""
 KV_PRESSURE_TOKENS = 16384.0
 
-HUNG_TOKENS = 1e9
-"""A hung replica comes last: its place is only kept because it may be the only one."""
-
 
 @dataclass(frozen=True)
 class ReplicaLoad:
@@ -35,7 +32,8 @@ class ReplicaLoad:
         reported_streams: Requests running there by its last heartbeat, from all Routers.
         reported_waiting: Requests queued inside its engine, from all Routers.
         kv_cache_usage: 0 to 1, by its last heartbeat.
-        hung: By its last heartbeat it owes work and makes no step.
+        unfit: It owes work and makes no step, or has fallen silent. It gets nothing: whatever must wait waits better in
+            the Router, from where the next replica takes it.
     """
 
     prefill_tokens: int = 0
@@ -43,7 +41,7 @@ class ReplicaLoad:
     reported_streams: int = 0
     reported_waiting: int = 0
     kv_cache_usage: float = 0.0
-    hung: bool = False
+    unfit: bool = False
 
 
 def cost(load: ReplicaLoad, prompt_tokens: int) -> float:
@@ -57,19 +55,19 @@ def cost(load: ReplicaLoad, prompt_tokens: int) -> float:
         + DECODE_STREAM_TOKENS * (load.streams + others - others_waiting)
         + QUEUED_REQUEST_TOKENS * others_waiting
         + KV_PRESSURE_TOKENS * pressure
-        + HUNG_TOKENS * load.hung
     )
 
 
 def rank(
     candidates: Iterable[str], loads: Mapping[str, ReplicaLoad], prompt_tokens: int, *, rng: random.Random
 ) -> list[str]:
-    """Return `candidates`, best first; ties fall at random, so that Routers do not agree on a favourite.
+    """Return `candidates` that are fit, best first; ties fall at random, so that Routers do not agree on a favourite.
 
     A candidate without a load is one nobody has heard of yet: new, and so idle.
     """
     idle = ReplicaLoad()
-    keyed = [(cost(loads.get(c, idle), prompt_tokens), rng.random(), c) for c in candidates]
+    known = ((c, loads.get(c, idle)) for c in candidates)
+    keyed = [(cost(load, prompt_tokens), rng.random(), c) for c, load in known if not load.unfit]
     return [candidate for _, _, candidate in sorted(keyed)]
 
 
@@ -80,7 +78,7 @@ class _Account:
     reported_streams: int = 0
     reported_waiting: int = 0
     kv_cache_usage: float = 0.0
-    hung: bool = False
+    unfit: bool = False
 
     def load(self) -> ReplicaLoad:
         return ReplicaLoad(**vars(self))
@@ -142,7 +140,13 @@ class Ledger:
         with self.lock:
             account = self.account(replica)
             account.reported_streams, account.reported_waiting = running, waiting
-            account.kv_cache_usage, account.hung = kv_cache_usage, hung
+            account.kv_cache_usage, account.unfit = kv_cache_usage, hung
+
+    def suspend(self, replica: str) -> None:
+        """A replica has fallen silent: it is unfit until it reports again, or is forgotten."""
+        with self.lock:
+            self.forget(replica)
+            self.account(replica).unfit = True
 
     def forget(self, replica: str) -> None:
         """Drop what a replica reported, and its account with the last booking."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments.fleet.client import Ticket
@@ -17,8 +18,8 @@ from deployments.fleet.replica_watch import changed
 class FleetRequestRouter(FIFOMixin, RequestRouter):
     """Follows the ranking that each call brings along.
 
-    First in, first out: Serve's other way of matching goes by a request id, which all calls of one HTTP request share,
-    and a completion with two prompts makes two.
+    First in, first out, where nothing else orders them: Serve's other way of matching goes by a request id, which all
+    calls of one HTTP request share, and a completion with two prompts makes two.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -42,6 +43,18 @@ class FleetRequestRouter(FIFOMixin, RequestRouter):
         by_id = {replica.replica_id.unique_id: replica for replica in available}
         return [[by_id[replica]] for replica in ticket.rank(list(by_id))]
 
+    def _fulfill_next_pending_request(
+        self, replica: RunningReplica, request_metadata: RequestMetadata | None = None
+    ) -> None:
+        """Give the replica to the request whose turn it is: Serve takes the first, so that one becomes the first."""
+        pending = self._pending_requests_to_fulfill
+        if len(pending) > 1:
+            _, first, request = min((_order(request), i, request) for i, request in enumerate(pending))
+            if first:
+                del pending[first]
+                pending.appendleft(request)
+        super()._fulfill_next_pending_request(replica, request_metadata)
+
     async def _select_from_candidate_replicas(
         self, candidates: list[RunningReplica], backoff_index: int
     ) -> RunningReplica | None:
@@ -63,6 +76,12 @@ class FleetRequestRouter(FIFOMixin, RequestRouter):
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
         super().on_new_queue_len_info(replica_id, num_ongoing_requests)
         self._unreachable.discard(replica_id)
+
+
+def _order(pending_request: PendingRequest) -> tuple[bool, tuple[float, float]]:
+    """Return what requests are ordered by. Those that are over come last; those that are no client's, first."""
+    ticket = _ticket(pending_request)
+    return pending_request.future.done(), (float("-inf"), 0.0) if ticket is None else ticket.order
 
 
 def _ticket(pending_request: PendingRequest | None) -> Ticket | None:

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
+from deployments import request_scope
 from deployments.config import AssistantConfig, GroundingConfig
 from deployments.dispatch import App, ClientGone, Message, Receive, Scope, Send, replay
 from deployments.errors import BadRequest, DocumentsUnavailable, NotFound, Overloaded, PublicError
@@ -213,14 +214,7 @@ class GroundedApp:
         if self._retriever is None:
             raise BadRequest("`file_search` needs documents, and this server is not set up for any.", param="tools")
         outcome, started = "failed", self._clock()
-        asked = self._retriever.search(
-            None,
-            search.vector_store_ids,
-            [query],
-            max_results=search.max_num_results or self._config.max_num_results,
-            filters=search.filters,
-            ranking=search.ranking(),
-        )
+        asked = self._find(self._retriever, search, query)
         try:
             async with asyncio.timeout(self._config.search_timeout_s):
                 found = await _while_connected(asked, receive)
@@ -251,6 +245,21 @@ class GroundedApp:
             "tool to be answered without them.",
             retry_after_s=getattr(reason, "retry_after_s", None) or _RETRY_AFTER_S,
         ) from reason
+
+    async def _find(self, retriever: Retriever, search: FileSearch, query: str) -> Sequence[Hit]:
+        """Search each store as its owner: an assistant's may be another's than those of the key that asks."""
+        assistant, asking = self._assistant, request_scope.owner()
+        by_owner: dict[str | None, list[str]] = {}
+        for store in search.vector_store_ids:
+            lent = assistant is not None and assistant.owner is not None and store in assistant.vector_store_ids
+            by_owner.setdefault(assistant.owner if assistant is not None and lent else asking, []).append(store)
+        most = search.max_num_results or self._config.max_num_results
+        options: dict[str, Any] = {"max_results": most, "filters": search.filters, "ranking": search.ranking()}
+        searches = (retriever.search(owner, stores, [query], **options) for owner, stores in by_owner.items())
+        found = await asyncio.gather(*searches)
+        if len(found) == 1:
+            return found[0]
+        return sorted((hit for hits in found for hit in hits), key=lambda hit: -hit.score)[:most]
 
     def _may_do_without(self, search: FileSearch) -> bool:
         if search.allow_without_documents is not None:

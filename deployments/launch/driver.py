@@ -43,6 +43,7 @@ class Settings:
         dashboard_port: Where.
         metrics_port: Of Ray's Prometheus endpoint.
         verbose: Whether the logs of all processes come to the terminal.
+        needs_key: Whether clients need an API key.
     """
 
     config: dict[str, Any]
@@ -53,6 +54,7 @@ class Settings:
     dashboard_port: int
     metrics_port: int
     verbose: bool
+    needs_key: bool = False
 
     def to_json(self) -> str:
         """Return the settings as the driver's argument."""
@@ -111,14 +113,16 @@ def engine_cause(logs: Path) -> str | None:
 def ready_message(settings: Settings) -> str:
     """Return what somebody needs in order to send the first request."""
     body = {"model": (settings.models or ("…",))[0], "messages": [{"role": "user", "content": "Hello!"}]}
+    key = '-H "authorization: Bearer $GROUNDSWELL_API_KEY" ' if settings.needs_key else ""
     curl = (
-        f"curl -N {settings.url}/v1/chat/completions -H 'content-type: application/json' "
+        f"curl -N {settings.url}/v1/chat/completions {key}-H 'content-type: application/json' "
         f"-d '{json.dumps({**body, 'max_tokens': 64, 'stream': True})}'"
     )
     lines = [
         "",
         f"Groundswell is ready at {settings.url}/v1",
         f"  models     {', '.join(settings.models) or 'none'}",
+        f"  keys       {'needed' if settings.needs_key else 'none: it listens on loopback only'}",
         f"  metrics    http://127.0.0.1:{settings.metrics_port}/metrics",
     ]
     if settings.dashboard:

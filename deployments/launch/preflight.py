@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from deployments.access.keys import VARIABLE, key_ring
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
+from deployments.fleet.channel import is_loopback
 
 OUR_APP: Final = "deployments.app:build"
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -88,6 +90,12 @@ class ServeConfig:
     def models(self) -> tuple[ServedModel, ...]:
         return tuple(_served(model) for application in self._applications() for model in _models(application))
 
+    @property
+    def ours(self) -> tuple[AppConfig, ...]:
+        """What stands under `args` of our applications."""
+        ours = (a for a in self._applications() if a["import_path"] == OUR_APP)
+        return tuple(AppConfig.parse(application.get("args") or {}) for application in ours)
+
     def _applications(self) -> Iterator[dict[str, Any]]:
         yield from self.content["applications"]
 
@@ -130,6 +138,24 @@ def check_ray_address(environ: Mapping[str, str]) -> None:
         raise CannotStart(
             f"RAY_ADDRESS is set ({address}): deploy there with `serve deploy`, or unset it to serve on this machine."
         )
+
+
+def check_keys(config: ServeConfig, environ: Mapping[str, str]) -> bool:
+    """Refuse to let strangers in; return whether clients need an API key.
+
+    Raises:
+        CannotStart: The keys cannot be read, or there are none and the HTTP port is not on loopback.
+    """
+    try:
+        rings = [key_ring(app.router, environ, config.folder) for app in config.ours]
+    except ConfigError as error:
+        raise CannotStart(f"The API keys cannot be used: {error}.") from None
+    if None in rings and not is_loopback(config.host):
+        raise CannotStart(
+            f"Whoever reaches {config.host}:{config.port} could use the models: make a key (`groundswell key new`) "
+            f"and name it in `args.router.keys.file` or {VARIABLE}, or keep `http_options.host` at {DEFAULT_HOST}."
+        )
+    return bool(rings) and None not in rings
 
 
 def check_vllm(installed: bool) -> None:

@@ -29,11 +29,12 @@ def clean_up() -> None:
     processes.Registry(processes.state_folder()).clean_up()
 
 
-def serve(config: ServeConfig, *, dashboard: bool = False, verbose: bool = False) -> None:
+def serve(config: ServeConfig, *, needs_key: bool = False, dashboard: bool = False, verbose: bool = False) -> None:
     """Serve `config` until a signal comes.
 
     Args:
         config: Checked by the preflight.
+        needs_key: Whether clients need an API key, for what is printed.
         dashboard: Start Ray's dashboard too.
         verbose: Bring the logs of all processes to the terminal.
 
@@ -44,7 +45,7 @@ def serve(config: ServeConfig, *, dashboard: bool = False, verbose: bool = False
     run = processes.new_run(secrets.token_hex(8))
     with registry.holding(run), _signals() as signals:
         try:
-            driver = _start_driver(config, run, dashboard=dashboard, verbose=verbose)
+            driver = _start_driver(config, run, needs_key=needs_key, dashboard=dashboard, verbose=verbose)
             while driver.poll() is None and not signals:
                 _wait(driver)
             if signals:
@@ -65,7 +66,7 @@ def serve(config: ServeConfig, *, dashboard: bool = False, verbose: bool = False
 
 
 def _start_driver(
-    config: ServeConfig, run: processes.Run, *, dashboard: bool, verbose: bool
+    config: ServeConfig, run: processes.Run, *, needs_key: bool, dashboard: bool, verbose: bool
 ) -> subprocess.Popen[bytes]:
     folder = Path(run.folder)
     environment.write_files(folder)
@@ -78,6 +79,7 @@ def _start_driver(
         dashboard_port=free_port(preferred=8265),
         metrics_port=free_port(preferred=8080),
         verbose=verbose,
+        needs_key=needs_key,
     )
     with open(folder / "driver.log", "wb") as log:
         # A session of its own: the terminal's Ctrl-C is for us alone.

@@ -26,8 +26,8 @@ from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, MethodNotAllowed, NotFound, Overloaded, PayloadTooLarge, PublicError
 from deployments.retrieval.batching import MESSAGE_BYTES, batches
 from deployments.retrieval.filters import checked_attributes
-from deployments.retrieval.ingestion import Attachment
 from deployments.retrieval.records import (
+    Attachment,
     Attributes,
     Batch,
     Chunk,

@@ -29,6 +29,7 @@ from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.ports import Embed, Metrics, Vectors
 from deployments.retrieval.reader import Reader, listed
 from deployments.retrieval.records import (
+    Attachment,
     Attributes,
     Batch,
     Chunk,
@@ -55,15 +56,6 @@ _COMPACTION_LOOK_S: Final = 1.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
 _EMBED_CALLS_AT_ONCE: Final = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """A file that is to be in a vector store; `chunking` None leaves it to us."""
-
-    file_id: str
-    attributes: Attributes = field(default_factory=dict)
-    chunking: Chunking | None = None
 
 
 @dataclass(eq=False)

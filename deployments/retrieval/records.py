@@ -94,6 +94,15 @@ class VectorStoreFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Attachment:
+    """A file that is to be in a vector store; `chunking` None leaves it to us."""
+
+    file_id: str
+    attributes: Attributes = field(default_factory=dict)
+    chunking: Chunking | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Files attached together."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,8 @@ R = TypeVar("R", File, VectorStore, VectorStoreFile, Batch)
 _JSON_FIELDS: Final = ("attributes", "metadata")
 DELETING: Final = "deleting"
 """Column of what is being deleted: nobody sees it any more, and its deletion will be finished."""
+VECTORS_TO_INDEX: Final = 30_000
+"""From here on vectors are indexed; fewer are compared one by one, which is exact."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,11 @@ BATCHES: Final = Table(
     ("id",),
 )
 TABLES: Final[tuple[Table[Any], ...]] = (FILES, STORES, MEMBERS, BATCHES)
+
+
+def partitions(vectors: int) -> int:
+    """Return into how many partitions an index over so many vectors divides them."""
+    return max(1, round(math.sqrt(vectors)))
 
 
 def chunks_table(store_id: str) -> str:

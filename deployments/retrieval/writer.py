@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
-from lancedb.index import FTS
+from lancedb.index import FTS, IvfFlat
 
 from deployments.retrieval.filters import encoded, quoted
 from deployments.retrieval.ports import Metrics
@@ -31,11 +31,13 @@ from deployments.retrieval.records import Attributes, Batch, File, VectorStore, 
 from deployments.retrieval.tables import (
     DELETING,
     TABLES,
+    VECTORS_TO_INDEX,
     Table,
     chunks_schema,
     chunks_table,
     connect,
     is_missing,
+    partitions,
 )
 
 logger = logging.getLogger("ray.serve.groundswell.indexer")
@@ -47,6 +49,8 @@ _LEASE: Final = "lease"
 _LEASE_SCHEMA: Final = pa.schema([("epoch", pa.int64()), ("holder", pa.string()), ("since", pa.int64())])
 _INCOMPATIBLE: Final = "incompatible"
 _TEXT_INDEX: Final = "text_idx"
+_VECTOR_INDEX: Final = "vector_idx"
+_OUTGROWN: Final = 4
 _MANY_COMMITS: Final = 64
 _SOME_ROWS: Final = 1000
 _MANY_ROWS: Final = 5000
@@ -63,12 +67,16 @@ class _Open:
 
     Attributes:
         total: Rows of chunks, about.
+        vectors: Whether it has any.
+        trained: Its rows when the index over its vectors was made, 0 if there is none.
         commits, rows: Since the last compaction.
         preempted: Compactions that did not succeed since then.
     """
 
     handle: Any
     total: int = 0
+    vectors: bool = False
+    trained: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     commits: int = 0
     rows: int = 0
@@ -255,8 +263,11 @@ class Writer:
                     await handle.create_index("text", config=config, name=_TEXT_INDEX)
             else:
                 await self._put_barrier(handle)
-            total = await handle.count_rows() if name.startswith("chunks_") else 0
-            opened = self._tables[name] = _Open(handle, total)
+            opened = self._tables[name] = _Open(handle)
+            if name.startswith("chunks_"):
+                opened.total = await handle.count_rows()
+                opened.vectors = "vector" in (await handle.schema()).names
+                opened.trained = opened.total if await handle.index_stats(_VECTOR_INDEX) is not None else 0
             self._close_some()
             return opened
 
@@ -323,6 +334,7 @@ class Writer:
                 async with self._locked(name) as opened:
                     await self.check()
                     await opened.handle.optimize(cleanup_older_than=timedelta(seconds=keep_versions_s))
+                    await _index_vectors(opened, opened.handle)
                     opened.folded(opened.commits, opened.rows)
         except BaseException as error:
             opened.preempted += 1
@@ -340,9 +352,22 @@ class Writer:
         handle = await self._db.open_table(name)
         await self.check()
         await handle.optimize(cleanup_older_than=timedelta(seconds=keep_versions_s))
+        await _index_vectors(opened, handle)
         async with opened.lock:
             await opened.handle.checkout_latest()
             opened.folded(commits, rows)
+
+
+async def _index_vectors(opened: _Open, handle: Any) -> None:
+    """Make the index over a large table's vectors, and again when the table has outgrown it.
+
+    New vectors are compared one by one until a compaction puts them into the partitions there are.
+    """
+    total = opened.total
+    if opened.vectors and total >= VECTORS_TO_INDEX and total >= _OUTGROWN * opened.trained:
+        config = IvfFlat(distance_type="cosine", num_partitions=partitions(total))
+        await handle.create_index("vector", config=config, name=_VECTOR_INDEX, replace=True)
+        opened.trained = total
 
 
 async def _epoch(lease: Any) -> int:

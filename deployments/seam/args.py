@@ -37,7 +37,7 @@ REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         ("headless", "api_server_count", "data_parallel_supervisor_port"), "replicas are set in `deployment`"
     ),
-    "api_key": "vLLM's key check leaves paths open; until there are keys, check callers in front",
+    "api_key": "vLLM's key check leaves paths open: set `router.keys`",
     **dict.fromkeys(
         (
             "data_parallel_size",
@@ -81,7 +81,7 @@ def parse_args(name: str, engine_args: Mapping[str, Any], frontend_args: Mapping
         ConfigError: An option is unknown (named, with its nearest match), refused, given twice, or has a bad value.
     """
     if os.environ.get("VLLM_API_KEY"):
-        raise ConfigError("VLLM_API_KEY is set, and would guard nothing here: check callers in front, and unset it")
+        raise ConfigError("VLLM_API_KEY is set, and would guard nothing here: set `router.keys`, and unset it")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -9,10 +9,11 @@ Source: `vllm/v1/engine/async_llm.py` (`add_request`, `generate`, `encode`).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from copy import copy
 from http import HTTPStatus
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import msgspec
 from vllm.config import VllmConfig
@@ -23,7 +24,7 @@ from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.pooling_params import PoolingParams
 from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -32,8 +33,11 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from deployments import request_scope
+from deployments.access.fair_share import Turn
 from deployments.errors import EngineFailure, EngineUnavailable, NotSupportedByFleet, PublicError
+from deployments.seam import continuation
 from deployments.seam.args import lora_int_id
+from deployments.seam.stamps import Stamps
 from deployments.seam.wire import Codec
 
 _ADMITTED = "admitted"
@@ -70,50 +74,120 @@ class FleetLike(Protocol):
 class RequestSubmission:
     """One request as the Fleet sees it: frames to send, outputs to deliver, an error to end with.
 
+    vLLM's `OutputProcessor` holds the state of its answer, which an engine's failure leaves as it is: what another
+    engine adds is delivered into it.
+
     Args:
-        requests: The sequences of the request; more than one for `n > 1`.
+        request: As vLLM processed it; becomes `n` sequences.
+        prompt: Its text, where there is one.
         queue: Where vLLM's generator waits.
+        tied: What keeps any request from going on at another engine (`continuation.why_no_request`).
+        turn: Its place among other keys' requests, where there is one.
     """
 
     def __init__(
         self,
-        request_id: str,
-        requests: list[EngineCoreRequest],
+        request: EngineCoreRequest,
+        prompt: str | None,
         queue: RequestOutputCollector,
         outputs: OutputProcessor,
         codec: Codec,
+        *,
+        max_model_len: int,
+        tied: str | None = None,
+        turn: Turn | None = None,
     ) -> None:
-        first = requests[0]
-        self.request_id = request_id
-        self.prompt_tokens = length_from_prompt_token_ids_or_embeds(first.prompt_token_ids, first.prompt_embeds)
-        self.sequences = len(requests)
-        self._requests, self._queue, self._outputs, self._codec = requests, queue, outputs, codec
-        self._ids = [request.request_id for request in requests]
-        self._open = set(self._ids)
-        self._delivered = False
+        self.request_id = request.external_req_id or request.request_id
+        self.order = (0, 0.0) if turn is None else turn.order
+        self._caller, self._turn, self._charged = request_scope.caller(), turn, False
+        self._request, self._prompt, self._queue = request, prompt, queue
+        self._outputs, self._codec = outputs, codec
+        self._max_model_len, self._tied = max_model_len, tied
+        self._requests: list[EngineCoreRequest] = []
+        self._open: set[str] = set()
+        self._begin()
+        self.sequences = len(self._requests)
+
+    def _begin(self) -> None:
+        """Set up an answer from its beginning."""
+        parent, self._requests = _fan_out(self._request)
+        for index, child in enumerate(self._requests):
+            self._outputs.add_request(child, self._prompt, parent, index, self._queue)
+        self._open = {child.request_id for child in self._requests}
+        self._tokens: list[int] = []
+        self._shown = self._torn = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """What an engine would have to prefill now."""
+        request = self._requests[0]
+        length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        return length + len(self._tokens)
+
+    @property
+    def progress(self) -> int:
+        """Tokens delivered that a further attempt would keep."""
+        return len(self._tokens)
 
     def encode(self) -> list[bytes]:
+        if self._tokens:
+            return self._codec.encode_requests([continuation.rest_of(self._requests[0], self._tokens)])
         return self._codec.encode_requests(self._requests)
 
     def deliver(self, output: EngineCoreOutput, weight_version: str | None) -> list[int]:
         """Make text of one output; return sequences that ended here and still run there. Raises `EngineFailure`."""
-        if output.finish_reason == FinishReason.ABORT:
-            raise EngineFailure("it aborted the request, which nobody asked for")
+        if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+            raise EngineFailure(f"it ended the request with {output.finish_reason!s}, which nobody asked for")
         index = int(output.request_id)
-        output.request_id = self._ids[index]
-        self._delivered = True
+        output.request_id = self._requests[index].request_id
+        self._torn = True
+        self._charge(len(output.new_token_ids))
         processed = self._outputs.process_outputs([output], weight_version=weight_version)
+        self._torn = False
+        self._tokens += output.new_token_ids
+        # Until the end, a request that is not streamed puts nothing into its queue.
+        self._shown = self._shown or self._request.params.output_kind != RequestOutputKind.FINAL_ONLY
         if not self._outputs.has_request(output.request_id):
             self._open.discard(output.request_id)
         return [index] if processed.reqs_to_abort else []
+
+    def _charge(self, tokens: int) -> None:
+        """Count tokens as they come, so whoever hangs up pays for what was done until then; the prompt is paid once."""
+        if self._caller is not None:
+            self._caller.tokens += tokens + (0 if self._charged else self.prompt_tokens)
+            self._charged = True
+        if self._turn is not None:
+            self._turn.serve(tokens)
 
     @property
     def finished(self) -> bool:
         return not self._open
 
-    @property
-    def restartable(self) -> bool:
-        return not self._delivered
+    def recover(self) -> Literal["restarted", "continued", "finished"]:
+        """Get ready for another attempt, and return how it begins.
+
+        Raises:
+            EngineUnavailable: What has reached the client can be neither taken back nor continued.
+        """
+        request, begun = self._requests[0], bool(self._tokens) or self._torn
+        if not begun:
+            return "restarted"
+        tie = self._tied or continuation.why_not(self._requests) or ("an output that is torn" if self._torn else None)
+        if not self._shown and (tie or continuation.reproducible(request)):
+            self._forget()
+            self._begin()
+            return "restarted"
+        if tie:
+            raise EngineUnavailable(
+                f"The engine that ran this request failed, and an answer with {tie} cannot go on at another. "
+                "Send the request again.",
+                retry_after_s=1,
+            )
+        reason = continuation.over(request, self._tokens, self._max_model_len)
+        if reason is None:
+            return "continued"
+        self.deliver(EngineCoreOutput("0", [], finish_reason=reason), None)
+        return "finished"
 
     def fail(self, error: PublicError) -> None:
         try:
@@ -127,18 +201,33 @@ class RequestSubmission:
             self._outputs.abort_requests(self._open.copy(), internal=True)
             self._open.clear()
 
+    def _forget(self) -> None:
+        """As `abort`, and unheard: vLLM would put a last word into the queue."""
+        if self._caller is not None:
+            self._caller.tokens -= len(self._tokens)  # nobody has them
+        for request_id in self._open:
+            self._outputs.request_states[request_id].queue = None
+        self.abort()
+
 
 class FleetClient(EngineClient):
     """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device."""
 
-    def __init__(self, fleet: FleetLike, vllm_config: VllmConfig, supported_tasks: tuple[SupportedTask, ...]) -> None:
+    def __init__(
+        self,
+        fleet: FleetLike,
+        vllm_config: VllmConfig,
+        supported_tasks: tuple[SupportedTask, ...],
+        stamps: Stamps | None = None,
+    ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.supported_tasks = supported_tasks
-        self._fleet = fleet
+        self._fleet, self._stamps = fleet, stamps or Stamps()
         self._codec = Codec()
+        self._tied = continuation.why_no_request(vllm_config)
         self._outputs = OutputProcessor(
             self.renderer.tokenizer,
             log_stats=False,
@@ -242,16 +331,25 @@ class FleetClient(EngineClient):
     async def _run(
         self, request: EngineCoreRequest, prompt: Any, prompt_text: str | None
     ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
-        parent, requests = _fan_out(request)
-        reservation = self._reservation(len(requests))
-        queue = RequestOutputCollector(request.params.output_kind, request.request_id)
-        text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
-        for index, child in enumerate(requests):
-            self._outputs.add_request(child, text, parent, index, queue)
-        external_id = request.external_req_id or request.request_id
-        submission = RequestSubmission(external_id, requests, queue, self._outputs, self._codec)
-        flight = self._fleet.start(submission, reservation)
+        reservation = self._reservation(getattr(request.params, "n", 1))
+        turn = self._stamps.put(request)
+        submission: RequestSubmission | None = None
+        flight: Flight | None = None
+        timer: asyncio.TimerHandle | None = None
         try:
+            queue = RequestOutputCollector(request.params.output_kind, request.request_id)
+            submission = RequestSubmission(
+                request,
+                prompt_text or extract_prompt_components(self.model_config, prompt)[0],
+                queue,
+                self._outputs,
+                self._codec,
+                max_model_len=self.model_config.max_model_len,
+                tied=self._tied,
+                turn=turn,
+            )
+            flight = self._fleet.start(submission, reservation)
+            timer = _at_deadline(flight, submission)
             finished = False
             while not finished:
                 output = queue.get_nowait() or await queue.get()
@@ -259,8 +357,14 @@ class FleetClient(EngineClient):
                 yield output
         finally:
             # Reached by a finished answer, a client that hung up, and a generator that was dropped alike.
-            flight.close()
-            submission.abort()
+            if timer is not None:
+                timer.cancel()
+            if flight is not None:
+                flight.close()
+            if submission is not None:
+                submission.abort()
+            if turn is not None:
+                turn.leave()
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
@@ -343,6 +447,20 @@ class FleetClient(EngineClient):
 
     async def is_paused(self) -> bool:
         return False
+
+
+def _at_deadline(flight: Flight, submission: RequestSubmission) -> asyncio.TimerHandle | None:
+    """Have the request fail when its HTTP request's deadline comes, if it has one."""
+    scope = request_scope.current()
+    if scope is None or scope.deadline is None:
+        return None
+    when, error = scope.deadline
+
+    def give_up() -> None:
+        flight.close()
+        submission.fail(error)
+
+    return asyncio.get_running_loop().call_at(when, give_up)
 
 
 def _refused(feature: str) -> PublicHTTPError:

@@ -91,6 +91,7 @@ async def build_model_app(args: Namespace, client: FleetClient) -> FastAPI:
     # The load is counted by the Router; vLLM's own metrics and scaling middleware guard what is not there.
     app.user_middleware[:] = [m for m in app.user_middleware if _is_kept(m, args)]
     app.add_exception_handler(PublicHTTPError, _public_error)
+    app.add_exception_handler(Exception, _opaque)
     app.add_exception_handler(404, partial(_not_for_this_model, args.served_model_name[0]))
     app.middleware_stack = None
     return app
@@ -105,6 +106,11 @@ def _is_kept(middleware: Any, args: Namespace) -> bool:
 async def _public_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, PublicHTTPError)
     return _response(exc.error)
+
+
+async def _opaque(request: Request, exc: Exception) -> JSONResponse:
+    """Answer for what nobody foresaw: vLLM would put the exception's own words there. It is raised on, and logged."""
+    return _response(PublicError("The server had an internal error."))
 
 
 async def _not_for_this_model(name: str, request: Request, exc: Exception) -> JSONResponse:

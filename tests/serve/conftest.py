@@ -17,7 +17,7 @@ import requests
 import yaml
 
 from models import tiny_random
-from tests.e2e.serving import ROOT, serving
+from tests.e2e.serving import ROOT, Served, serving
 from tests.serve import orders
 
 LIMIT_S = 90
@@ -55,20 +55,27 @@ class Stubs:
     Attributes:
         url: Of its API.
         folder: Notes and orders.
+        config: What is deployed.
+        served: Its processes.
     """
 
     url: str
     folder: Path
+    config: dict[str, Any]
+    served: Served
 
-    def ask(self, model: str, *, tokens: int = 4, stream: bool = False, **body: Any) -> requests.Response:
-        """Ask for a chat completion, or for a completion where `prompt` is given."""
+    def ask(
+        self, model: str, *, tokens: int = 4, stream: bool = False, timeout_s: float | None = None, **body: Any
+    ) -> requests.Response:
+        """Ask for a chat completion, or for a completion where `prompt` is given; with a deadline, if one is."""
         path = "completions" if "prompt" in body else "chat/completions"
         if "prompt" not in body:
             body.setdefault("messages", [{"role": "user", "content": "Hello"}])
         body |= {"model": model, "max_tokens": tokens, "stream": stream}
         if stream:
             body["stream_options"] = {"include_usage": True}
-        return requests.post(f"{self.url}/v1/{path}", json=body, stream=stream, timeout=LIMIT_S)
+        headers = {} if timeout_s is None else {"x-request-timeout-seconds": str(timeout_s)}
+        return requests.post(f"{self.url}/v1/{path}", json=body, headers=headers, stream=stream, timeout=LIMIT_S)
 
     def engines(self, model: str) -> int:
         """Return how many engines the Router that answers knows."""
@@ -87,7 +94,8 @@ class Stubs:
 
         def settled() -> bool:
             nonlocal in_a_row
-            known = [len(note.joined) for note in self.notes(model).values()] == [ROUTERS] * number
+            joined = [len(note.joined) for note in self.notes(model).values()]  # dead Routers count too
+            known = len(joined) == number and all(routers >= ROUTERS for routers in joined)
             in_a_row = in_a_row + 1 if known and self.engines(model) == number else 0
             return in_a_row > 2 * ROUTERS
 
@@ -113,7 +121,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
     router = {
         "deployment": {"num_replicas": ROUTERS},
         "max_queued_requests": MAX_QUEUED,
-        "fleet": {"engine_stall_timeout_s": 5},
+        "fleet": {"engine_stall_timeout_s": 5, "heartbeat_timeout_s": 5},
     }
     application = {
         "name": "stubs",
@@ -121,9 +129,9 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
         "import_path": "tests.serve.stub_app:build",
         "args": {"app": {"models": models, "router": router}},
     }
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump({"applications": [application]}))
+    file, config = folder / "config.yaml", {"applications": [application]}
+    file.write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
-        with serving(config, tmp_path_factory.mktemp("state")) as served:
-            yield Stubs(f"http://127.0.0.1:{served.port}", folder)
+        with serving(file, tmp_path_factory.mktemp("state")) as served:
+            yield Stubs(f"http://127.0.0.1:{served.port}", folder, config, served)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,14 @@ DIE_LATER = "die-later"
 """Die after some tokens of a request."""
 HANG = "hang"
 """Never produce the first token of a request."""
+HANG_LATER = "hang-later"
+"""Produce some tokens of a request, and never another one."""
+FREEZE = "freeze"
+"""After some tokens of a request stop the whole process for a while: no token, no heartbeat, no answer."""
 SOME_TOKENS = 3
-TOKEN = 1000
-"""Any that is a piece of a word."""
+FROZEN_S = 20
+TOKENS = 1000, 900
+"""The first of the pieces of words that answers are made of, and their number."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,11 @@ class Wire:
         assert request.prompt_token_ids is not None and request.sampling_params is not None
         return len(request.prompt_token_ids), request.sampling_params.max_tokens or 0
 
-    def token(self, stream: int, execution: int, sequence: int, *, last: bool) -> Frames:
-        output = self._output("0", [TOKEN], finish_reason=self._length if last else None)
+    def token(self, stream: int, execution: int, sequence: int, prompt_tokens: int, wanted: int) -> Frames:
+        """Return the token that stands at this position, counted with the prompt, and at no position near it."""
+        first, number = TOKENS
+        reason = self._length if sequence + 1 == wanted else None
+        output = self._output("0", [first + (prompt_tokens + sequence) * 7 % number], finish_reason=reason)
         return self._codec.encode_deltas(None, [self._delta(stream, execution, sequence, output)])
 
 
@@ -129,6 +138,11 @@ async def obey(notes: Notes, produced: int) -> None:
         os._exit(1)
     if produced == 0 and _take(notes, HANG):
         await asyncio.Event().wait()
+    if produced == SOME_TOKENS and _take(notes, HANG_LATER):
+        await asyncio.Event().wait()
+    if produced == SOME_TOKENS and _take(notes, FREEZE):
+        await asyncio.sleep(1)
+        time.sleep(FROZEN_S)  # noqa: ASYNC251
     if produced == SOME_TOKENS and _take(notes, DIE_LATER):
         await asyncio.sleep(1)  # the tokens so far shall reach the client
         os._exit(1)

@@ -1,4 +1,4 @@
-"""A STUB of the Engine: no model, no vLLM engine; one invented token over and over, as `tests.serve.orders` has it."""
+"""A STUB of the Engine: no model, no vLLM engine; invented tokens, as `tests.serve.orders` has them."""
 
 import asyncio
 import secrets
@@ -35,7 +35,7 @@ class StubEngine:
                 while sent < wanted and run not in self.aborted:
                     await obey(self.notes, sent)
                     await asyncio.sleep(self.set.token_s)
-                    link.send(m.DELTAS, self.wire.token(stream, run, sent, last=sent + 1 == wanted))
+                    link.send(m.DELTAS, self.wire.token(stream, run, sent, prompt_tokens, wanted))
                     self.stepped, sent = time.monotonic(), sent + 1
             yield m.End(sent - 1, m.FINISHED if sent == wanted else m.ABORTED)
         finally:

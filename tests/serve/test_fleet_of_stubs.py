@@ -89,6 +89,31 @@ def test_a_client_that_hangs_up_while_its_request_waits_frees_its_place(pair: St
     wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
 
 
+def test_a_client_that_hangs_up_before_the_first_token_frees_its_place(pair: Stubs) -> None:
+    order = orders.give(pair.folder, "pair", orders.HANG)
+    answer = pair.ask("pair", tokens=40, stream=True)
+    wait_for(lambda: not order.exists(), "an engine has it")
+    answer.close()
+    wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
+
+
+def test_a_deadline_before_the_first_byte_is_answered_in_openais_shape_and_not_by_serve(pair: Stubs) -> None:
+    answer = pair.ask("pair", tokens=4000, timeout_s=2)
+    assert answer.status_code == 408
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("timeout_error", "request_timeout")
+    wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
+
+
+def test_a_deadline_ends_a_stream_with_an_error_event(pair: Stubs) -> None:
+    said = list(events(pair.ask("pair", tokens=4000, stream=True, timeout_s=3)))
+    assert words(said)
+    (error,) = [event["error"] for event in said if "error" in event]
+    assert "was not finished within 3 s" in error["message"]
+    assert said[-1] == "[DONE]"
+    wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
+
+
 def test_an_engine_that_dies_before_the_first_token_costs_the_client_nothing(pair: Stubs) -> None:
     order = orders.give(pair.folder, "pair", orders.DIE_FIRST)
     before = set(pair.notes("pair"))
@@ -98,22 +123,51 @@ def test_an_engine_that_dies_before_the_first_token_costs_the_client_nothing(pai
     assert len(before & set(pair.notes("pair"))) == 1
 
 
-def test_an_engine_that_dies_ends_its_streams_with_an_error_event_and_no_others(pair: Stubs) -> None:
+def test_an_engine_that_dies_costs_its_streams_nothing(pair: Stubs) -> None:
+    undisturbed = words(list(events(pair.ask("pair", tokens=100, stream=True))))
     order = orders.give(pair.folder, "pair", orders.DIE_LATER)
+    before = set(pair.notes("pair"))
     with ThreadPoolExecutor(8) as pool:
         streams = list(pool.map(lambda _: list(events(pair.ask("pair", tokens=100, stream=True))), range(8)))
     assert not order.exists(), "no engine died"
-    assert {said[-1] for said in streams} == {"[DONE]"}
-    broken = [said for said in streams if any("error" in event for event in said)]
-    assert 0 < len(broken) < len(streams), "both replicas had streams, and one replica died"
-    for said in broken:
-        assert words(said)
-        (error,) = [event["error"] for event in said if "error" in event]
-        assert {"message", "type", "param", "code"} <= set(error)
-        assert "failed" in error["message"]
+    assert len(before & set(pair.notes("pair"))) == 1
     for said in streams:
-        if said not in broken:
-            assert said[-2]["usage"]["completion_tokens"] == 100
+        assert said[-1] == "[DONE]"
+        assert not [event for event in said if "error" in event]
+        assert words(said) == undisturbed
+        assert said[-2]["usage"]["completion_tokens"] == 100
+        assert said[-2]["usage"]["prompt_tokens"] == streams[0][-2]["usage"]["prompt_tokens"] < 100
+
+
+def test_a_plain_request_whose_engine_dies_halfway_is_answered_whole(pair: Stubs) -> None:
+    ask: dict[str, Any] = {"tokens": 20, "prompt": "one two three"}
+    order = orders.give(pair.folder, "pair", orders.DIE_LATER)
+    answer = pair.ask("pair", **ask)
+    assert not order.exists(), "no engine died"
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 20)
+    pair.wait_for_engines("pair", 2)
+    assert answer.json()["choices"][0]["text"] == pair.ask("pair", **ask).json()["choices"][0]["text"]
+
+
+def test_a_stream_that_cannot_go_on_elsewhere_ends_in_an_error_event(pair: Stubs) -> None:
+    order = orders.give(pair.folder, "pair", orders.DIE_LATER)
+    said = list(events(pair.ask("pair", tokens=20, stream=True, presence_penalty=0.5)))
+    assert not order.exists(), "no engine died"
+    assert words(said)
+    (error,) = [event["error"] for event in said if "error" in event]
+    assert {"message", "type", "param", "code"} <= set(error)
+    assert "presence penalty" in error["message"]
+    assert said[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("order", [orders.HANG_LATER, orders.FREEZE])
+def test_a_stream_on_an_engine_that_stands_still_goes_on_at_the_other(pair: Stubs, order: str) -> None:
+    undisturbed = words(list(events(pair.ask("pair", tokens=20, stream=True))))
+    left = orders.give(pair.folder, "pair", order)
+    said = list(events(pair.ask("pair", tokens=20, stream=True)))
+    assert not left.exists(), "no engine stood still"
+    assert words(said) == undisturbed
+    assert said[-2]["usage"]["completion_tokens"] == 20
 
 
 def test_a_request_on_a_hung_engine_is_served_by_the_other(pair: Stubs) -> None:

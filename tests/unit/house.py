@@ -17,10 +17,10 @@ from deployments.config import DocumentsConfig
 from deployments.metrics import NoMetrics
 from deployments.retrieval.blobs import Blobs
 from deployments.retrieval.catalog import Catalog
-from deployments.retrieval.ingestion import Attachment, Ingestion
+from deployments.retrieval.ingestion import Ingestion
 from deployments.retrieval.ports import Vectors
 from deployments.retrieval.reader import Reader
-from deployments.retrieval.records import PageRequest, VectorStoreFile
+from deployments.retrieval.records import Attachment, PageRequest, VectorStoreFile
 from deployments.retrieval.sandbox import Sandbox
 from deployments.retrieval.search import Searcher
 from deployments.retrieval.writer import Writer

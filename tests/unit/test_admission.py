@@ -91,3 +91,89 @@ def test_places_that_were_never_used_say_nothing_about_the_pace() -> None:
     with pytest.raises(Overloaded) as refused:
         admission.check(1)
     assert refused.value.retry_after_s == 5
+
+
+def busy(clock: Clock, *, max_wait_s: float, per_second: int, capacity: int = 16) -> Admission:
+    """Return an admission whose engines have been busy for a while, at that pace, and still are."""
+    admission = Admission(1000, max_wait_s=max_wait_s, clock=clock)
+    admission.capacity = capacity
+    admission.enter(capacity)
+    for _ in range(100):
+        clock.now += 1 / per_second
+        admission.leave(1)
+        admission.enter(1)
+    return admission
+
+
+def test_nobody_is_let_in_who_would_wait_too_long() -> None:
+    admission = busy(Clock(), max_wait_s=10, per_second=2)
+    for _ in range(20):
+        admission.reserve(1)
+    with pytest.raises(Overloaded, match="would wait for about") as refused:
+        admission.reserve(1)
+    assert refused.value.retry_after_s == pytest.approx(1)
+    with pytest.raises(Overloaded) as refused:
+        admission.check(21)
+    assert refused.value.retry_after_s == pytest.approx(10.5, rel=0.05)
+
+
+def test_at_four_times_what_engines_can_do_the_let_in_wait_no_longer_and_engines_are_never_idle() -> None:
+    clock = Clock()
+    admission = busy(clock, max_wait_s=3, per_second=10)
+    waiting: list[float] = []
+    waits: list[float] = []
+    refused = 0
+    for tick in range(1000):  # a tenth of a second each: one ends, four come
+        clock.now += 0.1
+        admission.leave(1)
+        if waiting:
+            waits.append(clock.now - waiting.pop(0))
+        elif tick > 10:
+            raise AssertionError("an engine has nothing to do")
+        for _ in range(4):
+            try:
+                admission.reserve(1)
+            except Overloaded:
+                refused += 1
+            else:
+                waiting.append(clock.now)
+    assert max(waits) <= 3.2
+    assert refused == pytest.approx(3000, rel=0.05)
+
+
+def test_a_pause_does_not_make_engines_look_slow() -> None:
+    clock = Clock()
+    admission = busy(clock, max_wait_s=10, per_second=10)
+    admission.leave(16)
+    clock.now += 3600
+    for _ in range(100):
+        admission.reserve(1)
+
+
+def test_what_ends_while_engines_are_idle_does_not_make_them_look_fast() -> None:
+    clock = Clock()
+    admission = busy(clock, max_wait_s=10, per_second=1)
+    admission.leave(8)
+    for _ in range(500):
+        admission.reserve(1)
+        admission.leave(1)
+    with pytest.raises(Overloaded):
+        for _ in range(30):
+            admission.enter(1)
+            admission.check(1)
+
+
+def test_a_few_may_always_wait_however_slow_engines_are() -> None:
+    admission = busy(Clock(), max_wait_s=1, per_second=1, capacity=64)
+    for _ in range(8):
+        admission.reserve(1)
+    with pytest.raises(Overloaded):
+        admission.reserve(1)
+
+
+def test_while_engines_start_only_the_count_bounds() -> None:
+    clock = Clock()
+    admission = busy(clock, max_wait_s=1, per_second=1)
+    admission.capacity = 0
+    for _ in range(500):
+        admission.reserve(1)

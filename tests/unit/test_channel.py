@@ -192,6 +192,19 @@ async def test_a_replica_that_connects_anew_takes_the_place_of_its_old_connectio
     assert router.replicas == {"e1"}
 
 
+async def test_an_engine_that_was_given_up_is_told_so_and_connects_anew(ends: Ends) -> None:
+    router, engine = ends.router(), ends.engine()
+    link = await engine.link(router.address)
+    link.runs[1] = lambda reason: ends.heard.note("ended", reason)
+    (identity,) = router._peers
+    router._forget(identity)  # as after a silence that only the Router has noticed
+    link.send(m.DELTAS, [b"late"])
+    await ends.heard.until(lambda: any(what[0] == "ended" for what in ends.heard.noted))
+    assert ends.deltas() == []
+    assert await engine.link(router.address) is not link
+    assert router.replicas == {"e1"}
+
+
 async def test_a_second_hello_on_one_connection_changes_nothing(ends: Ends) -> None:
     router = ends.router()
     bare = await dealer(ends, router, hello(router, "e1"))
@@ -319,6 +332,18 @@ async def test_a_silent_engine_is_reported_gone(ends: Ends) -> None:
     ends.clock.now += 6
     await ends.heard.until(lambda: ("gone", "silent") in ends.heard.noted)
     assert router.replicas == {"alive"}
+
+
+async def test_after_a_pause_of_its_own_a_router_listens_before_it_calls_anybody_silent(ends: Ends) -> None:
+    router, engine = ends.router(config=CONFIG.model_copy(update={"heartbeat_interval_s": 5})), ends.engine()
+    await engine.link(router.address)
+    ends.clock.now += 60
+    router._ping_all()
+    assert router.replicas == {"e1"}
+    beats = len(ends.heard.noted)
+    await ends.heard.until(lambda: len(ends.heard.noted) > beats)
+    router._ping_all()
+    assert router.replicas == {"e1"}
 
 
 async def test_an_engine_whose_connection_is_closed_is_reported_gone_before_it_counts_as_silent(ends: Ends) -> None:

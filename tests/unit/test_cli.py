@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from deployments.launch.preflight import (
     GB,
     CannotStart,
     ServedModel,
+    check_keys,
     check_memory,
     check_model,
     check_port,
@@ -146,6 +148,33 @@ class TestPreflight:
         check_model(ServedModel("m", "s3://bucket/model", 1), tmp_path, environ={"HF_HUB_OFFLINE": "1"})
 
 
+class TestKeys:
+    KEYS: ClassVar[dict[str, str]] = {"GROUNDSWELL_API_KEYS": "ann:" + "0" * 64}
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+    def test_on_loopback_no_key_is_needed(self, tmp_path: Path, host: str) -> None:
+        config = read_config(write_config(tmp_path, http_options={"host": host}))
+        assert check_keys(config, {}) is False
+        assert check_keys(config, self.KEYS) is True
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "198.51.100.7", "my-machine"])
+    def test_elsewhere_it_is(self, tmp_path: Path, host: str) -> None:
+        config = read_config(write_config(tmp_path, http_options={"host": host}))
+        with pytest.raises(CannotStart, match="groundswell key new") as caught:
+            check_keys(config, {})
+        assert str(caught.value).count("\n") == 0
+        assert check_keys(config, self.KEYS) is True
+
+    def test_the_key_file_is_read_before_anything_starts(self, tmp_path: Path) -> None:
+        args = {"models": [MODEL], "router": {"keys": {"file": "keys.yaml"}}}
+        application = {"import_path": "deployments.app:build", "args": args}
+        config = read_config(write_config(tmp_path, applications=[application]))
+        with pytest.raises(CannotStart, match=r"keys\.yaml cannot be read"):
+            check_keys(config, {})
+        assert cli.main(["key", "new", "--name", "ann", "--file", str(tmp_path / "keys.yaml")]) == 0
+        assert check_keys(config, {}) is True
+
+
 class TestCommandLine:
     def test_a_problem_is_one_line_on_stderr_and_exit_code_1(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -256,6 +285,8 @@ class TestProgress:
         assert "http://127.0.0.1:8000/v1" in message
         assert '"model": "tiny"' in message
         assert '"stream": true' in message
+        assert "loopback only" in message and "authorization" not in message
+        assert '-H "authorization: Bearer $GROUNDSWELL_API_KEY"' in ready_message(replace(settings, needs_key=True))
 
 
 class TestProcesses:

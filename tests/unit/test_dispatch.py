@@ -99,6 +99,27 @@ async def test_a_bad_body_is_answered_in_openai_shape(body: bytes, status: int, 
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("field", ["messages", "input", "prompt", "tools", "documents", "texts"])
+@pytest.mark.parametrize("item", ["{}", '"x"', "[1]"])
+async def test_lists_are_bounded(field: str, item: str) -> None:
+    app = RecordingApp()
+    dispatcher = make({"a": app}, max_items=50)
+    items = [item] * 50
+    for count, status in ((50, 200), (51, 400)):
+        body = f'{{"{field}": [{", ".join([*items, item][:count])}]}}'.encode()
+        got, answer, _ = await ask(dispatcher, body=body)
+        assert got == status, answer
+    assert answer["error"]["param"] == field
+    assert "has 51 items, and may have 50" in answer["error"]["message"]
+    assert len(app.bodies) == 1
+
+
+async def test_a_prompt_of_token_ids_is_one_item() -> None:
+    app = RecordingApp()
+    body = json.dumps({"prompt": [1] * 200}).encode()
+    assert (await ask(make({"a": app}, max_items=10), body=body))[0] == 200
+
+
 async def test_an_unknown_model_is_openais_404() -> None:
     _, answer, _ = await ask(make({"a": RecordingApp()}), body=b'{"model": "zz"}')
     assert answer["error"]["code"] == "model_not_found"

@@ -7,7 +7,7 @@ import gc
 import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -29,6 +29,8 @@ CONFIG = FleetConfig(
     connect_timeout_s=LIMIT_S,
     completeness_timeout_s=LIMIT_S,
     engine_stall_timeout_s=60,
+    retry_delay_s=0.01,
+    max_engine_failures=6,
 )
 HURRIED = CONFIG.model_copy(update={"completeness_timeout_s": 0.02})
 
@@ -47,18 +49,26 @@ class Batch(msgspec.Struct):
 
 @dataclass
 class StubSubmission:
-    """A stub request: complete after `wants` outputs. An output "stop" is its last, though the engine goes on."""
+    """A stub request: complete after `wants` outputs. An output "stop" is its last, though the engine goes on.
+
+    Attributes:
+        tied: Whether it cannot go on elsewhere once it has begun.
+        plain: Whether its client sees nothing before the end.
+    """
 
     wants: int = 3
     sequences: int = 1
     prompt_tokens: int = 100
+    order: tuple[int, float] = (0, 0.0)
     request_id: str = "r"
     outputs: list[Any] = field(default_factory=list)
     error: PublicError | None = None
     stopped: bool = False
+    tied: bool = False
+    plain: bool = False
 
     def encode(self) -> list[bytes]:
-        return [b"request"]
+        return [b"request", *(output.encode() for output in self.outputs)]
 
     def deliver(self, output: Any, weight_version: str | None) -> list[int]:
         if output == "unreadable":
@@ -72,8 +82,15 @@ class StubSubmission:
         return self.stopped or len(self.outputs) >= self.wants
 
     @property
-    def restartable(self) -> bool:
-        return not self.outputs
+    def progress(self) -> int:
+        return len(self.outputs)
+
+    def recover(self) -> Literal["restarted", "continued", "finished"]:
+        if self.tied and self.plain:
+            self.outputs.clear()
+        if self.tied and self.outputs:
+            raise EngineUnavailable("It cannot go on.")
+        return "continued" if self.outputs else "restarted"
 
     def fail(self, error: PublicError) -> None:
         self.error = error
@@ -82,7 +99,8 @@ class StubSubmission:
 class StubCall:
     """A stub Serve call: says what the test has it say, through the replica that the ticket ranks first."""
 
-    def __init__(self, fleet: Fleet, stream: int, ticket: Ticket, candidates: list[str]) -> None:
+    def __init__(self, fleet: Fleet, frames: list[bytes], stream: int, ticket: Ticket, candidates: list[str]) -> None:
+        self.frames = frames
         self.replica = ticket.rank(candidates)[0]
         self.execution = random.getrandbits(62)
         self.cancelled = False
@@ -160,7 +178,7 @@ class House:
     def _open(self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: Ticket) -> StubCall:
         if self.refuse is not None:
             raise self.refuse
-        call = StubCall(self.fleet, stream, ticket, self.candidates)
+        call = StubCall(self.fleet, frames, stream, ticket, self.candidates)
         self.calls.append(call)
         self._opened.note(call)
         return call
@@ -175,6 +193,14 @@ class House:
         await self._opened.until(lambda: len(self.calls) >= number)
         return self.calls[number - 1]
 
+    async def finish(self, number: int, *outputs: Any) -> StubCall:
+        """Have the call of that number accepted, and say all that is missing through it."""
+        call = await self.call(number)
+        await call.accept()
+        call.deltas(*outputs)
+        call.end(len(outputs) - 1)
+        return call
+
     async def flown(self, submission: StubSubmission) -> tuple[Flight, StubCall]:
         """Start a request and have its first call accepted."""
         flight = self.start(submission)
@@ -187,6 +213,10 @@ class House:
 
     def booked(self) -> list[str]:
         return [replica for replica, load in self.ledger.loads().items() if load.streams]
+
+
+def failures(house: House) -> int:
+    return house.metrics.counts["fleet_engine_failures", "tiny"]
 
 
 async def landed(*flights: Flight) -> None:
@@ -339,9 +369,10 @@ async def test_a_delta_that_never_arrives_is_a_failure(hurried: House) -> None:
     flight, call = await hurried.flown(submission)
     call.deltas("a", "b")
     call.end(2)
+    await hurried.finish(2, "c")
     await landed(flight)
-    assert isinstance(submission.error, EngineUnavailable)
-    assert len(hurried.calls) == 1
+    assert (submission.outputs, submission.error) == (["a", "b", "c"], None)
+    assert failures(hurried) == 1
 
 
 async def test_a_stream_whose_only_delta_never_arrives_is_run_again(hurried: House) -> None:
@@ -362,8 +393,10 @@ async def test_an_end_that_nobody_asked_for_is_a_failure(house: House, outcome: 
     flight, call = await house.flown(submission)
     call.deltas("a")
     call.end(0, outcome)
+    await house.finish(2, "b", "c")
     await landed(flight)
-    assert isinstance(submission.error, EngineUnavailable)
+    assert (submission.outputs, submission.error) == (["a", "b", "c"], None)
+    assert failures(house) == 1
 
 
 async def test_a_gap_is_a_failure_and_nothing_after_it_is_delivered(house: House) -> None:
@@ -372,9 +405,11 @@ async def test_a_gap_is_a_failure_and_nothing_after_it_is_delivered(house: House
     call.deltas("a")
     call.deltas("c", first=2)
     call.deltas("b", first=1)
-    await landed(flight)
+    await house.call(2)
     assert submission.outputs == ["a"]
-    assert isinstance(submission.error, EngineUnavailable)
+    await house.finish(2, "b", "c")
+    await landed(flight)
+    assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
 
 
 async def test_a_delta_of_another_execution_is_a_failure(house: House) -> None:
@@ -382,9 +417,9 @@ async def test_a_delta_of_another_execution_is_a_failure(house: House) -> None:
     flight, call = await house.flown(submission)
     call.deltas("a")
     call.deltas("b", first=1, execution=call.execution + 1)
+    await house.finish(2, "b", "c")
     await landed(flight)
-    assert submission.outputs == ["a"]
-    assert isinstance(submission.error, EngineUnavailable)
+    assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
 
 
 async def test_a_second_execution_of_one_call_is_a_failure(house: House) -> None:
@@ -393,17 +428,19 @@ async def test_a_second_execution_of_one_call_is_a_failure(house: House) -> None
     call = await house.call()
     call.deltas("a")
     accepting = asyncio.create_task(call.accept(execution=call.execution + 1))
+    await house.finish(2, "b", "c")
     await landed(flight)
     accepting.cancel()
-    assert isinstance(submission.error, EngineUnavailable)
+    assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
 
 
 async def test_an_output_that_cannot_be_read_is_a_failure(house: House) -> None:
     submission = StubSubmission()
     flight, call = await house.flown(submission)
     call.deltas("a", "unreadable")
+    await house.finish(2, "b", "c")
     await landed(flight)
-    assert isinstance(submission.error, EngineUnavailable)
+    assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
 
 
 # Engines that fail.
@@ -444,8 +481,22 @@ async def test_a_failed_replica_is_tried_again_when_there_is_no_other(house: Hou
     await landed(flight)
 
 
-async def test_after_the_first_delta_a_failure_reaches_the_client(house: House) -> None:
+async def test_after_the_first_delta_a_request_goes_on_where_it_was_on_another_replica(house: House) -> None:
     submission = StubSubmission()
+    flight, first = await house.flown(submission)
+    first.deltas("a", "b")
+    first.fail(EngineFailure("died"))
+    second = await house.finish(2, "c")
+    await landed(flight)
+    assert second.replica != first.replica
+    assert (first.frames, second.frames) == ([b"request"], [b"request", b"a", b"b"])
+    assert (submission.outputs, submission.error) == (["a", "b", "c"], None)
+    assert house.metrics.counts["fleet_recovered_requests", "tiny", "continued"] == 1
+    assert house.outcomes() == {"finished": 1}
+
+
+async def test_what_cannot_go_on_fails_and_is_not_tried_again(house: House) -> None:
+    submission = StubSubmission(tied=True)
     flight, call = await house.flown(submission)
     call.deltas("a")
     call.fail(EngineFailure("died"))
@@ -454,6 +505,56 @@ async def test_after_the_first_delta_a_failure_reaches_the_client(house: House) 
     assert submission.error.status == 503
     assert len(house.calls) == 1
     assert house.outcomes() == {"failed": 1}
+
+
+async def test_what_cannot_go_on_starts_again_while_its_client_has_seen_nothing(house: House) -> None:
+    submission = StubSubmission(tied=True, plain=True)
+    flight, call = await house.flown(submission)
+    call.deltas("a")
+    call.fail(EngineFailure("died"))
+    second = await house.finish(2, "a", "b", "c")
+    await landed(flight)
+    assert second.frames == [b"request"]
+    assert (submission.outputs, submission.error) == (["a", "b", "c"], None)
+    assert house.metrics.counts["fleet_recovered_requests", "tiny", "restarted"] == 1
+
+
+async def test_a_stream_outlives_more_failures_than_attempts_if_each_gets_it_further(house: House) -> None:
+    lives = CONFIG.max_attempts + 2
+    submission = StubSubmission(wants=lives + 1)
+    flight = house.start(submission)
+    for number in range(1, lives + 1):
+        call = await house.call(number)
+        await call.accept()
+        call.deltas(f"{number}")
+        call.fail(EngineFailure("died"))
+    await house.finish(lives + 1, "last")
+    await landed(flight)
+    assert submission.outputs == [*(f"{number}" for number in range(1, lives + 1)), "last"]
+
+
+async def test_a_request_that_gets_further_and_kills_every_engine_is_given_up(house: House) -> None:
+    submission = StubSubmission(wants=100)
+    flight = house.start(submission)
+    for number in range(1, CONFIG.max_engine_failures + 1):
+        call = await house.call(number)
+        call.deltas(f"{number}")
+        call.fail(EngineFailure("died of it"))
+    await landed(flight)
+    assert isinstance(submission.error, EngineUnavailable)
+    assert len(house.calls) == CONFIG.max_engine_failures
+
+
+async def test_a_continued_request_weighs_as_its_engine_will_find_it(house: House) -> None:
+    submission = StubSubmission(prompt_tokens=100)
+    flight, first = await house.flown(submission)
+    first.deltas("a")
+    submission.prompt_tokens += 1
+    first.fail(EngineFailure("died"))
+    second = await house.call(2)
+    assert house.ledger.loads()[second.replica] == ReplicaLoad(prefill_tokens=101, streams=1)
+    await house.finish(2, "b", "c")
+    await landed(flight)
 
 
 @pytest.mark.parametrize(
@@ -577,6 +678,32 @@ async def test_a_hung_replica_gets_no_new_request_while_there_is_another(house: 
         call.deltas("a")
         call.end(0)
     await landed(*flights)
+
+
+async def test_while_all_replicas_are_hung_a_request_waits_for_another(house: House) -> None:
+    for replica in house.candidates:
+        house.fleet.on_heartbeat(beat(replica, unfinished=1, seconds_since_step=61))
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset({"e3"}))
+    assert ticket.rank(house.candidates) == []
+    assert ticket.rank([*house.candidates, "e3"]) == ["e3"], "it failed this request, and is better than a hung one"
+    ticket._booking.release()
+
+
+async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again(house: House) -> None:
+    missing = Recorder()
+    house.fleet._on_missing = lambda: missing.note("missing")
+    house.fleet.set_replicas(frozenset(house.candidates))
+    descriptions = [m.EngineDescription(replica, 2048, 16, ("generate",), 0, 1, ()) for replica in house.candidates]
+    for description in descriptions:
+        house.fleet.joined(description)
+    house.fleet.lose_replica("e1", "it is silent")
+    assert (house.fleet.missing, missing.noted) == ({"e1"}, ["missing"])
+    assert house.fleet.admission.capacity == 16
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset())
+    assert ticket.rank(["e1", "e2"]) == ["e2"]
+    house.fleet.joined(descriptions[0])
+    assert set(ticket.rank(["e1", "e2"])) == {"e1", "e2"}
+    ticket._booking.release()
 
 
 async def test_a_replica_that_steps_again_gets_requests_again(house: House) -> None:

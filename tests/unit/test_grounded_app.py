@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from deployments import request_scope
 from deployments.config import AssistantConfig, GroundingConfig
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
 from deployments.errors import BadRequest, EngineUnavailable, NotFound, Overloaded
@@ -35,6 +36,7 @@ class StubRetriever:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.owners: list[str | None] = []
         self.found: Sequence[Hit] = [hit(PASSAGE, year=2024.0)]
         self.error: Exception | None = None
         self.hangs = False
@@ -51,6 +53,7 @@ class StubRetriever:
         filters: Any,
         ranking: Ranking,
     ) -> Sequence[Hit]:
+        self.owners.append(owner)
         self.asked.append({"stores": list(store_ids), "query": queries[0], "max": max_results, "filters": filters})
         self.began.set()
         if self.error is not None:
@@ -358,6 +361,18 @@ async def test_an_assistant_searches_what_the_request_brings_too() -> None:
     house = House(assistant=ASSISTANT)
     await house.ask(question(TOOL | {"max_num_results": 2}))
     assert (house.retriever.asked[0]["stores"], house.retriever.asked[0]["max"]) == (["vs_hand", "vs_1"], 2)
+
+
+async def test_stores_are_searched_as_the_key_that_asks_and_an_assistants_as_the_key_it_names() -> None:
+    house = House(assistant=ASSISTANT.model_copy(update={"owner": "librarian"}))
+    house.retriever.found = [hit(PASSAGE)]
+    with request_scope.request_scope(request_scope.Caller("ann", "ann")):
+        status, _, _ = await house.ask(question(TOOL))
+        assert (status, house.retriever.owners) == (200, ["librarian", "ann"])
+        assert [asked["stores"] for asked in house.retriever.asked] == [["vs_hand"], ["vs_1"]]
+        plain = House()
+        await plain.ask(question(TOOL))
+        assert plain.retriever.owners == ["ann"]
 
 
 async def test_an_answer_that_is_json_gets_no_list_of_sources() -> None:

@@ -15,8 +15,7 @@ import pytest
 import pytest_asyncio
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
-from deployments.retrieval.ingestion import Attachment
-from deployments.retrieval.records import Chunking, PageRequest
+from deployments.retrieval.records import Attachment, Chunking, PageRequest
 from deployments.retrieval.tables import FILES, MEMBERS, STORES
 from tests.unit.documents import docx, pdf, zip_bomb
 from tests.unit.house import House, house, stub_embed

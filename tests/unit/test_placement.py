@@ -37,6 +37,22 @@ def test_a_replica_about_to_preempt_comes_last() -> None:
     assert rank(["full", "busy"], loads, 100, rng=random.Random(0)) == ["busy", "full"]
 
 
+def test_an_unfit_replica_has_no_place_even_if_it_is_the_only_one() -> None:
+    loads = {"hung": ReplicaLoad(unfit=True), "busy": ReplicaLoad(prefill_tokens=100_000, streams=64)}
+    assert rank(["hung", "busy"], loads, 10, rng=random.Random(0)) == ["busy"]
+    assert rank(["hung"], loads, 10, rng=random.Random(0)) == []
+
+
+def test_a_suspended_replica_is_fit_again_when_it_reports() -> None:
+    book = ledger()
+    booking = book.book(10, 1)
+    book.place(booking, ["a"])
+    book.suspend("a")
+    assert book.loads()["a"] == ReplicaLoad(prefill_tokens=10, streams=1, unfit=True)
+    book.report("a", running=1, waiting=0, kv_cache_usage=0.1)
+    assert not book.loads()["a"].unfit
+
+
 def test_ties_are_spread() -> None:
     rng = random.Random(1)
     firsts = {rank(["a", "b", "c"], {}, 10, rng=rng)[0] for _ in range(60)}

@@ -12,7 +12,10 @@ PURE = (
     "deployments.config",
     "deployments.errors",
     "deployments.messages",
+    "deployments.access.fair_share",
+    "deployments.access.gate",
     "deployments.dispatch",
+    "deployments.time_limits",
     "deployments.metrics",
     "deployments.fleet.placement",
     "deployments.fleet.admission",
@@ -38,5 +41,14 @@ PURE = (
 @pytest.mark.parametrize("module", PURE)
 def test_a_pure_module_loads_neither_ray_nor_torch_nor_vllm(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({set(HEAVY)} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stdout.split()) == (0, []), answer.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["deployments.retrieval.api", "deployments.serve_calls", "deployments.documents_cli"]
+)
+def test_what_a_router_needs_of_documents_loads_no_database(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{'lancedb', 'pyarrow', 'numpy', 'pypdf'}} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (answer.returncode, answer.stdout.split()) == (0, []), answer.stderr

@@ -58,9 +58,9 @@ async def router_of(*replicas: FakeReplica) -> FleetRequestRouter:
     return router
 
 
-async def choose(router: FleetRequestRouter) -> str:
+async def choose(router: FleetRequestRouter, order: tuple[int, float] = (0, 0.0)) -> str:
     ledger = Ledger(rng=random.Random(0))
-    ticket = Ticket(ledger, ledger.book(10, 1), frozenset())
+    ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), order)
     pending = PendingRequest([ticket], {}, RequestMetadata(request_id="r", internal_request_id="i"))
     replica = await asyncio.wait_for(router._choose_replica_for_request(pending), 10)
     return replica.replica_id.unique_id
@@ -106,3 +106,26 @@ async def test_a_replica_that_could_not_be_reached_is_asked_before_it_gets_anoth
     router.replica_queue_len_cache.invalidate_key(replica.replica_id)
     assert await choose(router) == "a"
     assert replica.asked == 1
+
+
+@pytest.mark.asyncio
+async def test_those_that_wait_for_an_engine_get_it_in_their_order_and_else_as_they_came() -> None:
+    replica = FakeReplica("a", ongoing=ROOM)
+    router = await router_of(replica)
+    router.on_new_queue_len_info(replica.replica_id, ROOM)
+    served: list[str] = []
+    orders = {"greedy 1": (0, 5.0), "greedy 2": (0, 9.0), "polite": (0, 5.5), "same": (0, 5.5), "urgent": (-1, 99.0)}
+
+    async def wait(name: str, order: tuple[int, float]) -> None:
+        await choose(router, order)
+        served.append(name)
+
+    waiting = [asyncio.create_task(wait(name, order)) for name, order in orders.items()]
+    while router.num_pending_requests < len(waiting):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    for count in range(1, len(waiting) + 1):
+        router._fulfill_next_pending_request(replica)  # type: ignore[arg-type]
+        while len(served) < count:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert served == ["urgent", "greedy 1", "polite", "same", "greedy 2"]
+    await asyncio.gather(*waiting)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound
-from deployments.retrieval.records import Ranking
+from deployments.retrieval.records import Attachment, Ranking
 from tests.unit.house import house, stub_embed
 
 pytestmark = pytest.mark.asyncio
@@ -63,8 +63,6 @@ async def test_filters_narrow_both_legs(tmp_path: Path) -> None:
     async with house(tmp_path, embed=stub_embed) as made:
         store, old = await made.store_of("a car", year=1990.0)
         new = await made.upload("an automobile")
-        from deployments.retrieval.ingestion import Attachment
-
         await made.ingestion.attach(None, store, Attachment(new, {"year": 2020.0}))
         await made.indexed(store)
         for kind, files in (("gt", [new]), ("lt", old)):

@@ -149,6 +149,26 @@ async def test_meaning_finds_the_nearest(writer: Writer, reader: Reader) -> None
     assert 0 < near[0].score < near[1].score < 2
 
 
+async def test_many_vectors_are_indexed_and_new_ones_found_all_the_same(
+    writer: Writer, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.retrieval.writer.VECTORS_TO_INDEX", 500)
+    await writer.create_chunks("vs_1", 16)
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((600, 16)).astype(np.float32)
+    many = [Chunk(f"text {i}", 0, 6, 2) for i in range(600)]
+    await writer.add_chunks("vs_1", chunk_rows(member("file-1"), many, 0, vectors, 16))
+    await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert [i.name for i in await (await reader._chunks("vs_1")).list_indices()] == ["text_idx", "vector_idx"]
+    near = await reader.by_vector("vs_1", vectors[7], None, 3)
+    assert near[0].position == 7
+    new = rng.standard_normal((1, 16)).astype(np.float32)
+    await writer.add_chunks("vs_1", chunk_rows(member("file-2"), many[:1], 0, new, 16))
+    assert (await reader.by_vector("vs_1", new[0], None, 3))[0].file_id == "file-2"
+    await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert (await reader.by_vector("vs_1", new[0], None, 3))[0].file_id == "file-2"
+
+
 async def test_filters_are_pushed_down_and_follow_changed_attributes(writer: Writer, reader: Reader) -> None:
     await fill(writer, {"file-1": "fox one"}, lang="de", year=2020.0)
     await fill(writer, {"file-2": "fox two"}, lang="en")

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from deployments.errors import NotFound
-from deployments.retrieval.ingestion import Attachment
-from deployments.retrieval.records import PageRequest
+from deployments.retrieval.records import Attachment, PageRequest
 from deployments.retrieval.writer import Fenced
 from tests.e2e.serving import free_port
 from tests.unit.house import house, stub_embed

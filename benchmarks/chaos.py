@@ -1,0 +1,403 @@
+"""What clients get when things break under load: two real engines, one Router, and a signal.
+
+    python -m benchmarks.chaos            # twenty losses of engines, and one of the Router; about half an hour
+    python -m benchmarks.chaos --quick    # each fault once
+
+Every prompt is asked undisturbed first. Decoding is greedy, in float32 on CPUs: what a client gets through a fault must
+be the same tokens. Faults are signals to single processes:
+
+    actor     SIGKILL to the replica        its EngineCore and Worker die with it
+    core      SIGKILL to EngineCore
+    worker    SIGKILL to a Worker
+    hang      SIGSTOP to EngineCore         work, and no step; noticed after `engine_stall_timeout_s`, 10 here
+    silence   SIGSTOP to the replica        no heartbeat; noticed after `heartbeat_timeout_s`, 10 by default
+    router    SIGKILL to the Router         its clients lose their connections, and nothing can spare them that
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import psutil
+
+from benchmarks import console
+from benchmarks.client import WORDS
+from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
+from deployments.launch.environment import RUN_ID
+from deployments.launch.processes import members
+
+ENGINES: Final = 2
+BACK_WITHIN_S: Final = 300.0
+ANSWERED_WITHIN_S: Final = 240.0
+METRICS_LAG_S: Final = 15.0
+"""Ray's endpoint shows a count within this."""
+FULL: Final = ("actor", "core", "worker", "hang", "actor", "core", "worker", "silence") * 2 + (
+    *("actor", "core", "worker", "actor"),
+    "router",
+)
+QUICK: Final = ("actor", "core", "worker", "hang", "silence", "router")
+
+
+@dataclass
+class Answer:
+    """One request, as its client saw it.
+
+    Attributes:
+        tokens: Ids of the answer's tokens.
+        usage: As the server counted them.
+        times: When something of the answer arrived.
+        status: HTTP's; 0 if none came.
+        problem: Why it is not whole.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    usage: int = 0
+    times: list[float] = field(default_factory=list)
+    status: int = 0
+    problem: str | None = None
+    done: bool = False
+
+
+@dataclass
+class Row:
+    """One kind of fault, over all its injections.
+
+    Attributes:
+        injected: How often.
+        in_flight: Requests under way at that moment, streams and plain ones.
+        continued: Requests that went on at another engine, by the Router's count.
+        restarted: Those that began again there.
+        refused: Answered with an HTTP error.
+        broken: Ended in an error event or a broken connection.
+        tokens_off: Tokens missing, doubled or different in answers that claim to be whole.
+        longest_pause_s: The longest time any client that got its answer waited for the next token.
+        error_after_s: The longest time until a client was told that its stream is broken.
+        whole_again_s: Until all engines, or the Router, were back.
+    """
+
+    injected: int = 0
+    in_flight: int = 0
+    continued: int = 0
+    restarted: int = 0
+    refused: int = 0
+    broken: int = 0
+    tokens_off: int = 0
+    longest_pause_s: float = 0.0
+    error_after_s: float = 0.0
+    whole_again_s: float = 0.0
+
+
+class NotBack(Exception):
+    """Something that was broken did not come back."""
+
+
+def prompts(number: int, seed: int) -> list[str]:
+    """Return prompts of which no two are the same."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=30)) for _ in range(number)]
+
+
+async def ask(session: aiohttp.ClientSession, url: str, prompt: str, tokens: int, stream: bool, answer: Answer) -> None:
+    """Fill `answer` as it comes; whatever goes wrong is its `problem`."""
+    body: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+        "return_token_ids": True,
+    }
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    answer.times.append(time.monotonic())
+    try:
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            answer.status = response.status
+            if response.status != 200:
+                answer.problem = (await response.text())[:200]
+                return
+            if stream:
+                await _read_events(response, answer)
+            else:
+                _take(await response.json(), answer)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        answer.problem = f"{type(error).__name__}: {error}"
+    finally:
+        answer.times.append(time.monotonic())
+        answer.done = True
+
+
+async def _read_events(response: aiohttp.ClientResponse, answer: Answer) -> None:
+    async for line in response.content:
+        if not line.startswith(b"data:"):
+            continue
+        if line.strip() == b"data: [DONE]":
+            return
+        event = json.loads(line[5:])
+        if "error" in event:
+            answer.problem = event["error"]["message"]
+            return
+        answer.times.append(time.monotonic())
+        _take(event, answer)
+    answer.problem = "the stream ended without [DONE]"
+
+
+def _take(event: dict[str, Any], answer: Answer) -> None:
+    for choice in event["choices"]:
+        answer.tokens += choice.get("token_ids") or []
+    if event.get("usage"):
+        answer.usage = event["usage"]["completion_tokens"]
+
+
+class House:
+    """The server under test, and its processes."""
+
+    def __init__(self, server: Groundswell, rng: random.Random) -> None:
+        self.url, self._rng = server.url, rng
+        ids = {p.environ().get(RUN_ID) for p in server.processes()} - {None}
+        self.run_id = str(next(iter(ids)))
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        found = []
+        for process in members(self.run_id):
+            try:
+                if part in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def break_something(self, fault: str) -> psutil.Process:
+        """Send the signal; return the process it hit."""
+        part, number = {
+            "actor": ("ServeReplica:groundswell:Engine", signal.SIGKILL),
+            "core": ("VLLM::EngineCore", signal.SIGKILL),
+            "worker": ("VLLM::Worker", signal.SIGKILL),
+            "hang": ("VLLM::EngineCore", signal.SIGSTOP),
+            "silence": ("ServeReplica:groundswell:Engine", signal.SIGSTOP),
+            "router": ("ServeReplica:groundswell:Router", signal.SIGKILL),
+        }[fault]
+        victim = self._rng.choice(self.processes(part))
+        victim.send_signal(number)
+        return victim
+
+    async def whole(self, since: float, victim: psutil.Process | None = None) -> float:
+        """Wait until what was hit is gone and the Router knows all engines; return how long that took."""
+        while time.monotonic() - since < BACK_WITHIN_S:
+            if (victim is None or is_gone(victim)) and await asyncio.to_thread(self._engines) == ENGINES == len(
+                self.processes("VLLM::EngineCore")
+            ):
+                return time.monotonic() - since
+            await asyncio.sleep(0.5)
+        raise NotBack(f"not whole again within {BACK_WITHIN_S:.0f} s")
+
+    def _engines(self) -> int:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return int(json.load(response)["replicas"][MODEL_NAME])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def recovered(self) -> Counter[str]:
+        """Return how many requests were continued and restarted so far, by the Router's own count."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=20) as response:
+            text = response.read().decode()
+        found: Counter[str] = Counter()
+        for line in text.splitlines():
+            if line.startswith("ray_groundswell_fleet_recovered_requests_total{") and (
+                how := re.search(r'how="(\w+)"', line)
+            ):
+                found[how[1]] += int(float(line.rsplit(" ", 1)[1]))
+        return found
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Return whether a process has ended."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Strike:
+    """Breaks one thing when it is called.
+
+    Attributes:
+        victim: The process it has hit.
+    """
+
+    victim: psutil.Process
+
+    def __init__(self, house: House, fault: str) -> None:
+        self._house, self._fault = house, fault
+
+    def __call__(self) -> None:
+        self.victim = self._house.break_something(self._fault)
+
+
+async def load(
+    url: str, asked: Sequence[str], tokens: int, plain: int, wait_for: int, then: Callable[[], None]
+) -> tuple[list[Answer], list[Answer], float]:
+    """Ask everything at once, the last `plain` prompts without streaming; call `then` when all streams have begun.
+
+    Returns:
+        All answers; those that were under way when `then` was called; that moment.
+    """
+    answers = [Answer() for _ in asked]
+    streams = answers[: len(asked) - plain]
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=ANSWERED_WITHIN_S)
+    ) as session:
+        jobs = [
+            asyncio.create_task(ask(session, url, prompt, tokens, i < len(streams), answer))
+            for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True))
+        ]
+        while any(len(a.tokens) < wait_for and not a.done for a in streams):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        under_way = [answer for answer in answers if not answer.done]
+        moment = time.monotonic()
+        then()
+        await asyncio.gather(*jobs)
+    return answers, under_way, moment
+
+
+def judge(row: Row, answers: Sequence[Answer], undisturbed: Sequence[Answer], moment: float) -> None:
+    """Add what clients got to a row."""
+    for answer, model in zip(answers, undisturbed, strict=True):
+        if answer.status not in (0, 200):
+            row.refused += 1
+        elif answer.problem is not None:
+            row.broken += 1
+            row.error_after_s = max(row.error_after_s, answer.times[-1] - moment)
+        else:
+            row.tokens_off += off(answer, model)
+            pauses = [b - a for a, b in zip(answer.times, answer.times[1:], strict=False) if b > moment]
+            row.longest_pause_s = max([row.longest_pause_s, *pauses])
+
+
+def off(answer: Answer, model: Answer) -> int:
+    """Return how many tokens of a whole answer are not as they were undisturbed, `usage` included."""
+    same = 0
+    for a, b in zip(answer.tokens, model.tokens, strict=False):
+        if a != b:
+            break
+        same += 1
+    return max(len(answer.tokens), len(model.tokens)) - same + abs(answer.usage - model.usage)
+
+
+async def run(
+    house: House, faults: Sequence[str], clients: int, tokens: int, say: Callable[[str], None]
+) -> dict[str, Row]:
+    """Ask undisturbed, then break one thing after the other, always under load and always from a whole house."""
+    rows: dict[str, Row] = {}
+    asked = prompts(clients, seed=1)
+    plain = clients // 4
+    await house.whole(time.monotonic())
+    undisturbed, _, _ = await load(house.url, asked, tokens, plain, 0, lambda: None)
+    again, _, _ = await load(house.url, asked, tokens, plain, 0, lambda: None)
+    lost = [answer.problem for answer in [*undisturbed, *again] if answer.problem]
+    if lost:
+        raise NotBack(f"undisturbed requests failed: {lost[0]}")
+    say(f"undisturbed, twice: {sum(off(a, b) for a, b in zip(again, undisturbed, strict=True))} tokens differ")
+    for number, fault in enumerate(faults, 1):
+        row = rows.setdefault(fault, Row())
+        before = await asyncio.to_thread(house.recovered)
+        strike = Strike(house, fault)
+        answers, under_way, moment = await load(
+            house.url,
+            asked,
+            tokens,
+            plain,
+            tokens // 5,
+            strike,
+        )
+        row.injected += 1
+        row.in_flight += len(under_way)
+        judge(row, answers, undisturbed, moment)
+        if fault == "silence":  # it would wake up, or be replaced after three health checks of 30 s
+            strike.victim.kill()
+        row.whole_again_s = max(row.whole_again_s, await house.whole(moment, strike.victim))
+        if fault != "router":  # which takes its counts with it
+            await asyncio.sleep(METRICS_LAG_S)
+            gained = await asyncio.to_thread(house.recovered) - before
+            row.continued += gained["continued"]
+            row.restarted += gained["restarted"]
+        problems = [answer.problem for answer in answers if answer.problem]
+        say(f"{number:3} of {len(faults)}  {fault:8} {asdict(row)} {problems[:1] or ''}")
+    return rows
+
+
+def table(rows: dict[str, Row]) -> str:
+    """Return the rows as Markdown."""
+    head = (
+        "| fault | injected | in flight | continued | restarted | refused | broken | tokens off | longest pause, s "
+        "| error after, s | whole again, s |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    )
+    lines = [
+        f"| {fault} | {r.injected} | {r.in_flight} | {r.continued} | {r.restarted} | {r.refused} | {r.broken} "
+        f"| {r.tokens_off} | {r.longest_pause_s:.1f} | {f'{r.error_after_s:.1f}' if r.broken else ''} "
+        f"| {r.whole_again_s:.0f} |"
+        for fault, r in rows.items()
+    ]
+    return "\n".join([head, *lines])
+
+
+def good(rows: dict[str, Row]) -> bool:
+    """Whether nothing was lost but what a Router's death must lose."""
+    return all(
+        row.tokens_off == 0 and row.refused == 0 and (row.broken == 0 or fault == "router")
+        for fault, row in rows.items()
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 1 if a request was lost that should not have been."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description="Break things under load.")
+    parser.add_argument("--quick", action="store_true", help="each fault once")
+    parser.add_argument("--faults", help="which, separated by commas")
+    parser.add_argument("--clients", type=int, default=16, help="requests at once, a quarter of them without streaming")
+    parser.add_argument("--tokens", type=int, default=400, help="of each answer")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of victims")
+    console.add_json(parser)
+    given = parser.parse_args(arguments)
+    faults = tuple(given.faults.split(",")) if given.faults else QUICK if given.quick else FULL
+    console.stop_in_order()
+    model = ROOT / "models" / "tiny-random"
+    make_model(model)
+    with tempfile.TemporaryDirectory(prefix="groundswell-chaos-") as folder:
+        server = Groundswell(
+            settings(model, gpu=has_cuda_build()), Path(folder), engines=ENGINES, fleet={"engine_stall_timeout_s": 10}
+        )
+        try:
+            server.start()
+            console.say(f"ready after {server.startup_s:.0f} s")
+            house = House(server, random.Random(given.seed))
+            rows = asyncio.run(run(house, faults, given.clients, given.tokens, console.say))
+        except (ServerError, NotBack) as problem:
+            print(f"chaos: {problem}", file=sys.stderr)
+            return 1
+        finally:
+            server.stop()
+    console.say(f"\n{table(rows)}")
+    console.report({fault: asdict(row) for fault, row in rows.items()}, given.json)
+    return 0 if good(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

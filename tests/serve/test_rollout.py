@@ -1,0 +1,81 @@
+"""A new configuration is deployed while streams run: the old replicas finish theirs, and nothing is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import psutil
+
+from tests.e2e.serving import ROOT
+from tests.serve.conftest import LIMIT_S, Stubs, wait_for
+from tests.serve.test_fleet_of_stubs import events, words
+
+CLIENTS = 6
+TOKENS = 250
+"""Five seconds of them: many streams begin and end while replicas are replaced."""
+
+_DEPLOY = """
+import json, sys, ray
+from ray.serve.context import _connect
+from ray.serve.schema import ServeDeploySchema
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
+_connect().deploy_apps(ServeDeploySchema.model_validate(json.loads(sys.argv[2])))
+"""
+
+
+def deploy(stubs: Stubs, config: object) -> None:
+    """Do as `serve deploy` does, to the cluster of a `groundswell serve`."""
+    driver = psutil.Process(stubs.served.process.pid).children()[0]
+    environment = driver.environ()
+    address = (Path(environment["RAY_AUTH_TOKEN_PATH"]).parent / "ray" / "ray_current_cluster").read_text().strip()
+    subprocess.run(
+        [sys.executable, "-c", _DEPLOY, address, json.dumps(config)],
+        check=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=LIMIT_S,
+    )
+
+
+def test_a_new_configuration_under_load_loses_nothing(stubs: Stubs) -> None:
+    stubs.wait_for_engines("pair", 2)
+    before = set(stubs.notes("pair"))
+    done = Event()
+    served: list[str] = []
+
+    def client(_: int) -> list[str]:
+        lost = []
+        while not done.is_set():
+            answer = stubs.ask("pair", tokens=TOKENS, stream=True)
+            said = list(events(answer)) if answer.status_code == 200 else [answer.text]
+            if said[-1] != "[DONE]" or said[-2]["usage"]["completion_tokens"] != TOKENS:
+                lost.append(str(said[-2:])[:500])
+            else:
+                served.append(words(said))
+        return lost
+
+    config = copy.deepcopy(stubs.config)
+    (pair,) = [m for m in config["applications"][0]["args"]["app"]["models"] if m["name"] == "pair"]
+    pair["env"]["STUB_TOKEN_S"] = "0.021"
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = pool.map(client, range(CLIENTS))
+        try:
+            deploy(stubs, config)
+            wait_for(
+                lambda: before.isdisjoint(stubs.notes("pair")) and len(stubs.notes("pair")) == 2,
+                "all engines are new",
+                limit_s=4 * LIMIT_S,
+            )
+            time.sleep(2)  # and some more requests for the new ones alone
+        finally:
+            done.set()
+        assert [lost for each in clients for lost in each] == []
+    assert len(served) > CLIENTS
+    assert len(set(served)) == 1

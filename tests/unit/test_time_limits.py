@@ -1,0 +1,209 @@
+"""Deadlines, and clients that do not read: who ends the request, in which words, and that what ran is over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+
+from deployments import request_scope
+from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
+from deployments.errors import BadRequest, RequestTimeout
+from deployments.time_limits import HEADER, deadline
+
+pytestmark = pytest.mark.asyncio
+LIMIT_S = 10.0
+PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
+SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+class StubApp:
+    """A stub model app that sends what it is told, and then never ends."""
+
+    def __init__(self, *messages: Message) -> None:
+        self.messages = messages
+        self.ended: str | None = None
+        self.deadline: Any = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        current = request_scope.current()
+        assert current is not None
+        self.deadline = current.deadline
+        try:
+            for message in self.messages:
+                await send(message)
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.ended = "cancelled"
+            raise
+
+
+async def ask(
+    app: App,
+    path: str = PATHS[0],
+    headers: list[tuple[bytes, bytes]] | None = None,
+    send: Callable[[Message], Awaitable[None]] | None = None,
+    counted: list[tuple[str, int]] | None = None,
+    **limits: Any,
+) -> tuple[int, dict[str, str], bytes]:
+    async def resolve(name: str) -> App | None:
+        return app
+
+    noted = counted if counted is not None else []
+    dispatcher = Dispatcher(
+        resolve, ["m"], PATHS, {}, max_body_bytes=1000, count=lambda *what: noted.append(what), **limits
+    )
+    body: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if not body:
+            await asyncio.Event().wait()
+        return body.pop()
+
+    async def collect(message: Message) -> None:
+        sent.append(message)
+
+    scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers or []}
+    async with asyncio.timeout(LIMIT_S):
+        await dispatcher(scope, receive, send or collect)
+    if not sent:
+        return 0, {}, b""
+    answer_headers = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+    return sent[0]["status"], answer_headers, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+@pytest.mark.parametrize("limits", [{"headers": [(HEADER, b"0.05")]}, {"request_timeout_s": 0.05}])
+async def test_before_the_first_byte_a_deadline_is_an_error_in_openais_shape(limits: dict[str, Any]) -> None:
+    app = StubApp()
+    status, headers, body = await ask(app, **limits)
+    assert (status, app.ended) == (408, "cancelled")
+    assert headers["x-should-retry"] == "false"
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"]) == ("timeout_error", "request_timeout")
+    assert "0.05 s" in error["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_in_a_stream_a_deadline_is_its_last_event(path: str) -> None:
+    app = StubApp(
+        {"type": "http.response.start", "status": 200, "headers": SSE},
+        {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
+    )
+    status, _, body = await ask(app, path, request_timeout_s=0.05)
+    assert (status, app.ended) == (200, "cancelled")
+    events = body.decode().split("\n\n")
+    assert events[0] == "data: {}"
+    assert "was not finished within 0.05 s" in events[1]
+    assert events[2] == ("data: [DONE]" if path == PATHS[0] else "")
+
+
+async def test_an_answer_that_is_complete_gets_no_error_after_it() -> None:
+    app = StubApp(
+        {"type": "http.response.start", "status": 200, "headers": SSE},
+        {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False},
+    )
+    assert (await ask(app, request_timeout_s=0.05))[2] == b"data: [DONE]\n\n"
+
+
+async def test_who_can_end_a_request_in_its_own_words_is_told_when_before_it_is_cancelled() -> None:
+    app = StubApp()
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    await ask(app, request_timeout_s=0.1)
+    moment, error = app.deadline
+    assert begun < moment < loop.time()
+    assert isinstance(error, RequestTimeout)
+
+
+async def test_a_client_that_does_not_read_is_cut_off() -> None:
+    app = StubApp(
+        {"type": "http.response.start", "status": 200, "headers": SSE},
+        {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
+    )
+    taken: list[Message] = []
+
+    async def send(message: Message) -> None:
+        taken.append(message)
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    counted: list[tuple[str, int]] = []
+    await ask(app, send=send, counted=counted, max_unread_s=0.05)
+    assert len(taken) == 2, "nothing more is sent to it"
+    assert (app.ended, counted) == ("cancelled", [(PATHS[0], 499)])
+
+
+async def test_a_client_that_does_not_read_its_socket_is_cut_off() -> None:
+    """By uvicorn, which Serve's replicas use: its `send` waits while the client's buffers are full."""
+    endless = {"type": "http.response.body", "body": b"x" * 2**16, "more_body": True}
+    app = StubApp({"type": "http.response.start", "status": 200, "headers": SSE}, *[endless] * 1000)
+    counted: list[tuple[str, int]] = []
+    over = asyncio.Event()
+
+    async def resolve(name: str) -> App | None:
+        return app
+
+    def count(*what: Any) -> None:
+        counted.append(what)
+        over.set()
+
+    dispatcher = Dispatcher(resolve, ["m"], PATHS, {}, max_body_bytes=1000, max_unread_s=0.2, count=count)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(dispatcher, lifespan="off", log_level="error"))
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=2**10)
+    try:
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-length: 2\r\n\r\n{}")
+        async with asyncio.timeout(LIMIT_S):
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+            await over.wait()
+    finally:
+        writer.transport.abort()
+        server.should_exit = True
+        await serving
+    assert (app.ended, counted) == ("cancelled", [(PATHS[0], 499)])
+
+
+async def test_a_slow_client_that_reads_is_not_cut_off() -> None:
+    body = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True}
+    app = StubApp({"type": "http.response.start", "status": 200, "headers": SSE}, *[body] * 10)
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(0.02)
+
+    counted: list[tuple[str, int]] = []
+    await ask(app, send=send, counted=counted, max_unread_s=0.1, request_timeout_s=0.5)
+    assert counted == [(PATHS[0], 200)]
+
+
+@pytest.mark.parametrize(
+    ("header", "longest", "seconds"),
+    [
+        (None, None, None),
+        (None, 30.0, 30.0),
+        (b"5", None, 5.0),
+        (b"5", 30.0, 5.0),
+        (b"60", 30.0, 30.0),
+        (b"0", 30.0, 30.0),
+        (b"-1", None, None),
+        (b"inf", None, None),
+        (b"0.01", None, 0.01),
+    ],
+)
+async def test_the_shorter_deadline_counts(header: bytes | None, longest: float | None, seconds: float | None) -> None:
+    limit = deadline([] if header is None else [(HEADER, header)], longest, 100.0)
+    assert (limit and limit.seconds) == seconds
+    if limit is not None:
+        assert 100 < limit.graceful < limit.final < 100 + limit.seconds, "Serve's own clock began before ours"
+
+
+@pytest.mark.parametrize("header", [b"soon", b"", b"nan", b"\xff"])
+async def test_a_deadline_that_is_no_number_is_refused(header: bytes) -> None:
+    with pytest.raises(BadRequest, match="x-request-timeout-seconds"):
+        deadline([(HEADER, header)], None, 0.0)
