@@ -24,6 +24,11 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
+# Behind a private certificate authority pip is told which one; uv would otherwise know the public ones alone.
+ifdef PIP_CERT
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+
 # A stamp says what is installed: it is older than pyproject.toml, or of the other accelerator, when that is not enough.
 INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(ACCELERATOR)

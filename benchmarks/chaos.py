@@ -324,7 +324,7 @@ async def run(
             asked,
             tokens,
             plain,
-            tokens // 5,
+            tokens // 20,
             strike,
         )
         row.injected += 1
@@ -372,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="each fault once")
     parser.add_argument("--faults", help="which, separated by commas")
     parser.add_argument("--clients", type=int, default=16, help="requests at once, a quarter of them without streaming")
-    parser.add_argument("--tokens", type=int, default=400, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=1200, help="of each answer")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of victims")
     console.add_json(parser)
     given = parser.parse_args(arguments)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,36 @@ class _Run:
             self.done.set_result(m.End(self._sequence, outcome, message, param))
 
 
+class Stall:
+    """Whether EngineCore has owed a step for too long. Pure.
+
+    Once it has, that holds until it makes one: its requests are moved away at once, and a hung engine without work
+    would pass for an idle one, and get new requests.
+
+    Args:
+        limit_s: How long is too long.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._at: tuple[int, float] | None = None
+
+    def seconds(self, *, steps: int, unfinished: int, since_step_s: float, now: float) -> float | None:
+        """Return for how long it has stalled, if it has.
+
+        Args:
+            steps: Steps it has made so far.
+            unfinished: Requests that want one.
+            since_step_s: How long ago the last one was, or the first of those requests came.
+            now: Monotonic seconds.
+        """
+        if self._at is not None and self._at[0] != steps:
+            self._at = None
+        if self._at is None and unfinished and since_step_s > self._limit_s:
+            self._at = steps, now - since_step_s
+        return None if self._at is None else now - self._at[1]
+
+
 def cpu_environment(cores: int) -> dict[str, str]:
     """Return what an engine on CPUs needs of its environment; a model's own `env` wins.
 
@@ -125,6 +156,7 @@ class Engine:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics: Metrics = RayMetrics()
         self._codec = Codec()
+        self._stall = Stall(fleet.engine_stall_timeout_s)
         self._runs: dict[int, _Run] = {}
         self._touched: set[Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -210,7 +242,7 @@ class Engine:
         run.close(index, m.ABORTED)
 
     def _beat(self) -> m.Heartbeat:
-        stats = self._llm.stats
+        stats, stalled_s = self._llm.stats, self._stalled_s()
         return m.Heartbeat(
             m.VERSION,
             self._replica,
@@ -218,8 +250,17 @@ class Engine:
             stats.running,
             stats.waiting,
             stats.kv_cache_usage,
-            self._llm.seconds_since_step,
-            self._llm.unfinished,
+            self._llm.seconds_since_step if stalled_s is None else stalled_s,
+            self._llm.unfinished if stalled_s is None else max(1, self._llm.unfinished),
+        )
+
+    def _stalled_s(self) -> float | None:
+        llm = self._llm
+        return self._stall.seconds(
+            steps=llm.stats.steps,
+            unfinished=llm.unfinished,
+            since_step_s=llm.seconds_since_step,
+            now=time.monotonic(),
         )
 
     async def join(self, channel: m.ChannelAddress) -> m.EngineDescription:
@@ -239,11 +280,9 @@ class Engine:
         """
         if self._llm.errored:
             raise EngineUnhealthy("EngineCore is dead")
-        stalled_s = self._llm.seconds_since_step
-        if self._llm.unfinished and stalled_s > self._config.engine_stall_timeout_s:
-            raise EngineUnhealthy(
-                f"{self._llm.unfinished} requests wait and EngineCore made no step for {stalled_s:.0f} s"
-            )
+        stalled_s = self._stalled_s()
+        if stalled_s is not None:
+            raise EngineUnhealthy(f"EngineCore owes a step and made none for {stalled_s:.0f} s")
 
     async def _exit_with_engine_core(self) -> None:
         """Leave as soon as EngineCore is dead: health checks would take seconds to notice, and requests with them."""

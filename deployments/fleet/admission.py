@@ -20,6 +20,10 @@ class Admission:
     The queue has two bounds: how many wait, and for how long the last of them will, at the pace at which engines finish
     when all of them are busy. Engines that are not busy say nothing about what they could do.
 
+    A key that holds less than its even share of what engines work on is let in whatever others have queued: its turn
+    comes first, and a greedy one's queue must not shut it out. That adds no more to the bound than engines work on, or
+    one for each key.
+
     Args:
         max_queued: Sequences held beyond the capacity of the running engines.
         max_wait_s: How long one of them may have to wait for an engine.
@@ -34,6 +38,8 @@ class Admission:
         self._busy_s, self._at = 0.0, clock()
         self._finished: deque[float] = deque(maxlen=_WINDOW)
         """When sequences have ended, in seconds that engines had been busy for by then."""
+        self._held: dict[str, int] = {}
+        """What requests of each key were let in with and have not given back."""
 
     @property
     def capacity(self) -> int:
@@ -45,13 +51,15 @@ class Admission:
         self._advance()
         self._capacity = sequences
 
-    def check(self, n: int) -> None:
-        """Raise unless `n` more sequences may start.
+    def check(self, n: int, key: str | None = None) -> None:
+        """Raise unless `n` more sequences may start, of this key where there are keys.
 
         Raises:
             Overloaded: With the time after which, at the present pace, there is room again.
         """
         self._advance()
+        if key is not None and self._held.get(key, 0) + n <= self._even_share(key):
+            return
         limit = self._capacity + self._max_queued
         if self.in_flight + n > limit:
             raise Overloaded(
@@ -68,15 +76,26 @@ class Admission:
                     retry_after_s=_bounded(wait_s - self._max_wait_s),
                 )
 
-    def reserve(self, n: int) -> Reservation:
+    def _even_share(self, key: str) -> int:
+        return max(1, (self._capacity or self._max_queued) // len(self._held.keys() | {key}))
+
+    def reserve(self, n: int, key: str | None = None) -> Reservation:
         """Let `n` sequences in, at once: what is asked next already finds their places taken.
 
         Raises:
             Overloaded: As `check`.
         """
-        self.check(n)
+        self.check(n, key)
         self.enter(n)
-        return Reservation(self, n)
+        if key is not None:
+            self._held[key] = self._held.get(key, 0) + n
+        return Reservation(self, n, key)
+
+    def over(self, n: int, key: str) -> None:
+        """A key's request that was let in with `n` is over."""
+        self._held[key] -= n
+        if not self._held[key]:
+            del self._held[key]
 
     def enter(self, n: int) -> None:
         self._advance()
@@ -122,8 +141,9 @@ class Reservation:
     What it needs beyond them it gets: a request that was let in is let in whole.
     """
 
-    def __init__(self, admission: Admission, n: int) -> None:
+    def __init__(self, admission: Admission, n: int, key: str | None = None) -> None:
         self._admission, self._left = admission, n
+        self._n, self._key = n, key
 
     def take(self, n: int) -> None:
         """Turn `n` places over to a flight, which will leave them."""
@@ -132,6 +152,9 @@ class Reservation:
         self._admission.enter(n - taken)
 
     def release(self) -> None:
-        """Give back what was never taken. Safe to call twice."""
+        """Give back what was never taken, when the request is over. Safe to call twice."""
         self._admission.give_back(self._left)
         self._left = 0
+        if self._key is not None:
+            self._admission.over(self._n, self._key)
+            self._key = None

@@ -15,9 +15,10 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from deployments import messages as m
+from deployments import request_scope
 from deployments.config import FleetConfig
 from deployments.errors import BadRequest, EngineFailure, EngineUnavailable, PublicError
 from deployments.fleet.admission import Admission, Reservation
@@ -25,6 +26,10 @@ from deployments.fleet.channel import Frames, Metrics, RouterEnd
 from deployments.fleet.placement import Booking, Ledger
 
 logger = logging.getLogger("ray.serve.groundswell.fleet")
+
+
+_BEGUN: Final = (-(2**31), 0.0)
+"""Goes before all that wait for their first token: somebody is reading."""
 
 
 class DeltaLike(Protocol):
@@ -202,7 +207,12 @@ class Flight:
             self._submission.encode(),
             fleet.exchange.channel.address,
             self.stream,
-            Ticket(fleet.ledger, self._booking, self._failed_replicas, self._submission.order),
+            Ticket(
+                fleet.ledger,
+                self._booking,
+                self._failed_replicas,
+                _BEGUN if self._submission.progress else self._submission.order,
+            ),
         )
         messages = self._messages(call)
         fleet.exchange.flights[self.stream] = self
@@ -426,8 +436,9 @@ class Fleet:
 
     def admit(self, n: int) -> Reservation:
         """Let `n` sequences of a request in, or raise `Overloaded`."""
+        caller = request_scope.caller()
         try:
-            return self.admission.reserve(n)
+            return self.admission.reserve(n, None if caller is None else caller.name)
         except PublicError:
             self.metrics.inc("fleet_rejected_requests", model=self.model)
             raise

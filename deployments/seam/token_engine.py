@@ -77,7 +77,7 @@ class EngineStats(StatLoggerBase):
     """What heartbeats say of EngineCore: its queues, and when it last finished a step."""
 
     def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
-        self.running = self.waiting = 0
+        self.running = self.waiting = self.steps = 0
         self.kv_cache_usage = 0.0
         self.last_step = time.monotonic()
 
@@ -85,6 +85,7 @@ class EngineStats(StatLoggerBase):
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
         self.last_step = time.monotonic()
+        self.steps += 1
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
             self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs

@@ -177,3 +177,39 @@ def test_while_engines_start_only_the_count_bounds() -> None:
     admission.capacity = 0
     for _ in range(500):
         admission.reserve(1)
+
+
+def test_a_greedy_keys_queue_does_not_shut_a_polite_key_out() -> None:
+    admission = Admission(8, clock=Clock())
+    admission.capacity = 8
+    greedy = [admission.reserve(1, "greedy") for _ in range(16)]
+    with pytest.raises(Overloaded):
+        admission.reserve(1, "greedy")
+    polite = [admission.reserve(1, "polite") for _ in range(4)]
+    with pytest.raises(Overloaded):
+        admission.reserve(1, "polite")
+    admission.reserve(2, "third")
+    with pytest.raises(Overloaded):
+        admission.reserve(1, "third")
+    for reservation in (*greedy, *polite):
+        reservation.release()
+        reservation.release()
+    assert admission.in_flight == 2
+    assert admission._held == {"third": 2}
+
+
+def test_a_polite_key_is_not_held_to_a_wait_that_is_anothers() -> None:
+    admission = busy(Clock(), max_wait_s=1, per_second=1, capacity=16)
+    with pytest.raises(Overloaded):
+        for _ in range(100):
+            admission.reserve(1, "greedy")
+    admission.reserve(1, "polite")
+
+
+def test_many_keys_at_once_have_one_place_each() -> None:
+    admission = Admission(0, clock=Clock())
+    admission.capacity = 2
+    for i in range(50):
+        admission.reserve(1, f"key {i}")
+        with pytest.raises(Overloaded):
+            admission.reserve(2, f"key {i}")

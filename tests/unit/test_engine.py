@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from deployments import messages as m
 from deployments.config import FleetConfig, ModelConfig
-from deployments.engine import Engine, EngineUnhealthy, _Run, cpu_environment
+from deployments.engine import Engine, EngineUnhealthy, Stall, _Run, cpu_environment
 from deployments.fleet.channel import ChannelError
 from tests.unit.recording import LIMIT_S, Recorder
 
@@ -71,7 +71,7 @@ class StubLLM:
         self.errored = False
         self.unfinished = 0
         self.seconds_since_step = 0.0
-        self.stats = SimpleNamespace(running=2, waiting=1, kv_cache_usage=0.25)
+        self.stats = SimpleNamespace(running=2, waiting=1, kv_cache_usage=0.25, steps=0)
 
     async def add(self, request: Any, sink: Any) -> None:
         if self.refuse is not None:
@@ -126,6 +126,7 @@ class Bench:
             _replica="e1",
             _metrics=self.metrics,
             _codec=StubCodec(),
+            _stall=Stall(60),
             _runs={},
             _touched=set(),
             _tasks=set(),
@@ -363,7 +364,7 @@ def test_a_heartbeat_says_what_the_engine_says() -> None:
 
 @pytest.mark.parametrize(
     ("errored", "unfinished", "seconds_since_step", "words"),
-    [(True, 0, 0.0, "dead"), (False, 2, 61.0, "2 requests wait and EngineCore made no step for 61 s")],
+    [(True, 0, 0.0, "dead"), (False, 2, 61.0, "owes a step and made none for 61 s")],
 )
 def test_a_dead_or_hung_engine_is_unhealthy(
     errored: bool, unfinished: int, seconds_since_step: float, words: str
@@ -379,6 +380,21 @@ def test_an_idle_or_busy_engine_is_healthy(unfinished: int, seconds_since_step: 
     bench = Bench()
     bench.llm.unfinished, bench.llm.seconds_since_step = unfinished, seconds_since_step
     bench.engine.check_health()
+
+
+def test_a_hung_engine_stays_hung_when_its_work_is_taken_away_and_until_it_makes_a_step() -> None:
+    bench = Bench()
+    bench.llm.unfinished, bench.llm.seconds_since_step = 2, 61.0
+    assert bench.engine._beat().seconds_since_step >= 61
+    bench.llm.unfinished, bench.llm.seconds_since_step = 0, 0.0  # as after new work that was taken away again
+    beat = bench.engine._beat()
+    assert beat.unfinished == 1
+    assert beat.seconds_since_step >= 61
+    with pytest.raises(EngineUnhealthy):
+        bench.engine.check_health()
+    bench.llm.stats.steps += 1
+    bench.engine.check_health()
+    assert (bench.engine._beat().unfinished, bench.engine._beat().seconds_since_step) == (0, 0.0)
 
 
 # What an engine on CPUs needs.

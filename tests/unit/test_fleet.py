@@ -100,7 +100,7 @@ class StubCall:
     """A stub Serve call: says what the test has it say, through the replica that the ticket ranks first."""
 
     def __init__(self, fleet: Fleet, frames: list[bytes], stream: int, ticket: Ticket, candidates: list[str]) -> None:
-        self.frames = frames
+        self.frames, self.order = frames, ticket.order
         self.replica = ticket.rank(candidates)[0]
         self.execution = random.getrandbits(62)
         self.cancelled = False
@@ -493,6 +493,19 @@ async def test_after_the_first_delta_a_request_goes_on_where_it_was_on_another_r
     assert (submission.outputs, submission.error) == (["a", "b", "c"], None)
     assert house.metrics.counts["fleet_recovered_requests", "tiny", "continued"] == 1
     assert house.outcomes() == {"finished": 1}
+
+
+async def test_a_request_that_goes_on_goes_before_those_that_have_not_begun(house: House) -> None:
+    flight, first = await house.flown(StubSubmission())
+    first.fail(EngineFailure("died"))
+    second = await house.call(2)
+    assert second.order == first.order, "nothing is out yet"
+    await second.accept()
+    second.deltas("a")
+    second.fail(EngineFailure("died"))
+    third = await house.finish(3, "b", "c")
+    assert third.order < (-1000, 0.0)
+    await landed(flight)
 
 
 async def test_what_cannot_go_on_fails_and_is_not_tried_again(house: House) -> None:
