@@ -5,11 +5,14 @@ The tiny model cites nobody by itself. Where a citation matters, structured outp
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import requests
 import yaml
@@ -19,6 +22,7 @@ from models import tiny_random
 from tests.e2e.serving import ROOT, Served, serving
 
 MODEL = "tiny"
+RESTARTS_WITHIN_S = 120
 TIDES = "The tide turns twice a day, and it follows the moon."
 QUESTION: Any = [{"role": "user", "content": "When does the tide turn?"}]
 FILES = {
@@ -46,6 +50,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "assistants": [{"name": "handbook", "model": MODEL, "vector_store_ids": ["vs_gone"]}],
         "router": {"deployment": {"num_replicas": 2}},
         "documents": {"uri": str(folder / "store"), "retriever": {"num_replicas": 2}},
+        "grounding": {"search_timeout_s": 3},
     }
     application = {"name": "groundswell", "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
     config = folder / "config.yaml"
@@ -234,3 +239,31 @@ def test_many_clients_at_once_each_get_their_own_answer(base: str, store: str) -
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_without_any_retriever_a_request_fails_clearly_or_does_without_as_it_wants(
+    app: Served, client: openai.OpenAI, store: str
+) -> None:
+    for retriever in replicas(app, "Retriever"):
+        retriever.kill()
+    with pytest.raises(openai.InternalServerError) as refused:
+        respond(client, store, stream=True)
+    assert (refused.value.status_code, refused.value.code) == (503, "documents_unavailable")
+    assert int(refused.value.response.headers["retry-after"]) > 0
+    without = {"tools": [tool(store, allow_without_documents=True)], "max_output_tokens": 4}
+    call, message = respond(client, store, **without).output
+    assert (call.status, message.type) == ("failed", "message")
+    begin = time.monotonic()
+    while respond(client, store, **without).output[0].status == "failed":
+        assert time.monotonic() - begin < RESTARTS_WITHIN_S, f"no Retriever within {RESTARTS_WITHIN_S} s"
+    assert respond(client, store).output[0].results[0].filename == "tides.md"
+
+
+def replicas(app: Served, deployment: str) -> list[psutil.Process]:
+    """Return the processes of a deployment's replicas."""
+    found = []
+    for process in app.members():
+        with contextlib.suppress(psutil.Error):
+            if f"ServeReplica:groundswell:{deployment}" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
