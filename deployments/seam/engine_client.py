@@ -10,7 +10,7 @@ Source: `vllm/v1/engine/async_llm.py` (`add_request`, `generate`, `encode`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from copy import copy
 from http import HTTPStatus
 from typing import Any, Literal, NoReturn, Protocol
@@ -331,8 +331,12 @@ class FleetClient(EngineClient):
     async def _run(
         self, request: EngineCoreRequest, prompt: Any, prompt_text: str | None
     ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
+        scope = request_scope.current()
+        if scope is not None and scope.over:  # while a handler was at something before this
+            raise asyncio.CancelledError
         reservation = self._reservation(getattr(request.params, "n", 1))
         turn = self._stamps.put(request)
+        stay = _end_with(scope)
         submission: RequestSubmission | None = None
         flight: Flight | None = None
         timer: asyncio.TimerHandle | None = None
@@ -357,6 +361,7 @@ class FleetClient(EngineClient):
                 yield output
         finally:
             # Reached by a finished answer, a client that hung up, and a generator that was dropped alike.
+            stay()
             if timer is not None:
                 timer.cancel()
             if flight is not None:
@@ -447,6 +452,23 @@ class FleetClient(EngineClient):
 
     async def is_paused(self) -> bool:
         return False
+
+
+def _end_with(scope: request_scope.RequestScope | None) -> Callable[[], object]:
+    """Have the task that waits for this generation end with its HTTP request; return what takes that back.
+
+    vLLM runs the handlers of plain requests in tasks of their own, which end by ASGI's `http.disconnect`. Serve sends
+    none: it cancels the request's task, and theirs would wait on for an answer that nobody takes.
+    """
+    if scope is None:
+        return lambda: None
+    waiting = asyncio.current_task()
+
+    def end() -> None:
+        if waiting is not None and waiting is not asyncio.current_task():
+            waiting.cancel()
+
+    return scope.at_end(end)
 
 
 def _at_deadline(flight: Flight, submission: RequestSubmission) -> asyncio.TimerHandle | None:

@@ -1,4 +1,4 @@
-"""A running `groundswell serve`, as the end-to-end tests use it: started once for all of them."""
+"""A running `groundswell serve`, as the end-to-end tests use it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,3 +101,25 @@ def serving(config: Path, state: Path) -> Iterator[Served]:
             process.wait(2 * STOP_LIMIT_S)
         finally:
             process.kill()
+
+
+def named(served: Served, part: str) -> list[psutil.Process]:
+    found = []
+    for process in served.members():
+        try:
+            if part in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float, what: str) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.2)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)

@@ -22,8 +22,7 @@ import requests
 import yaml
 
 from models import tiny_random
-from tests.e2e.serving import ROOT, Served, serving
-from tests.e2e.test_engine_loss import gone, named, wait_for
+from tests.e2e.serving import ROOT, Served, gone, named, serving, wait_for
 
 LIMIT_S = 240
 STREAMS = 6

@@ -109,7 +109,7 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S)
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
     folder = tmp_path_factory.mktemp("stubs")
     tiny_random.write(folder / "model")

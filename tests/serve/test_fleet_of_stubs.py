@@ -81,7 +81,6 @@ def test_a_client_that_hangs_up_frees_its_place_in_the_engine(pair: Stubs) -> No
     wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
 
 
-@pytest.mark.xfail(reason="a known defect: a plain request goes on in its engine when its client is gone", strict=False)
 def test_a_client_that_hangs_up_while_its_request_waits_frees_its_place(pair: Stubs) -> None:
     with pytest.raises(requests.Timeout):
         requests.post(
@@ -90,7 +89,6 @@ def test_a_client_that_hangs_up_while_its_request_waits_frees_its_place(pair: St
     wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
 
 
-@pytest.mark.xfail(reason="not seen to pass yet: looked at with the defect above", strict=False)
 def test_a_client_that_hangs_up_before_the_first_token_frees_its_place(pair: Stubs) -> None:
     order = orders.give(pair.folder, "pair", orders.HANG)
     answer = pair.ask("pair", tokens=40, stream=True)
@@ -99,7 +97,6 @@ def test_a_client_that_hangs_up_before_the_first_token_frees_its_place(pair: Stu
     wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
 
 
-@pytest.mark.xfail(reason="not seen to pass yet: looked at with the defect above", strict=False)
 def test_a_deadline_before_the_first_byte_is_answered_in_openais_shape_and_not_by_serve(pair: Stubs) -> None:
     answer = pair.ask("pair", tokens=4000, timeout_s=2)
     assert answer.status_code == 408

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
 import psutil
-import pytest
 
 from tests.e2e.serving import ROOT
 from tests.serve.conftest import LIMIT_S, Stubs, wait_for
@@ -46,7 +45,6 @@ def deploy(stubs: Stubs, config: object) -> None:
     )
 
 
-@pytest.mark.xfail(reason="not seen to pass yet", strict=False)
 def test_a_new_configuration_under_load_loses_nothing(stubs: Stubs) -> None:
     stubs.wait_for_engines("pair", 2)
     before = set(stubs.notes("pair"))

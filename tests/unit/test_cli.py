@@ -21,7 +21,7 @@ import yaml
 from deployments import cli
 from deployments.launch import environment, processes
 from deployments.launch.driver import Settings, cause, engine_cause, progress, ready_message
-from deployments.launch.haproxy_on_loopback import on_loopback
+from deployments.launch.haproxy_on_loopback import on_loopback, receiving_itself
 from deployments.launch.preflight import (
     GB,
     CannotStart,
@@ -217,13 +217,25 @@ class TestEnvironment:
         assert len(token.read_text()) == 64
 
     def test_haproxy_opens_metrics_and_statistics_on_loopback_only(self) -> None:
-        ray = find_spec("ray")
-        assert ray is not None and ray.origin is not None
-        template = (Path(ray.origin).parent / "serve/_private/haproxy_templates.py").read_text()
-        lines = on_loopback(template).splitlines()
+        lines = on_loopback(self.template()).splitlines()
         bound = [line.split()[1] for line in lines if line.strip().startswith("bind ")]
         assert bound.count("127.0.0.1:{{") == 2
         assert not [address for address in bound if address.startswith((":", "*:"))]
+
+    def test_haproxy_leaves_receiving_to_the_app(self) -> None:
+        before, after = (text.splitlines() for text in (self.template(), receiving_itself(self.template())))
+        (added,) = [i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new][:1]
+        assert after[added].split() == ["http-request", "set-header", "x-request-disconnect-disabled", "?1"]
+        assert after[added + 1 :] == before[added:]
+        assert "frontend http_frontend" in after[:added]
+        assert after[added - 1].strip().startswith("bind ")
+
+    @staticmethod
+    def template() -> str:
+        """Return HAProxy's configuration as Serve has it, before its blanks are filled in."""
+        ray = find_spec("ray")
+        assert ray is not None and ray.origin is not None
+        return (Path(ray.origin).parent / "serve/_private/haproxy_templates.py").read_text()
 
 
 class TestProgress:

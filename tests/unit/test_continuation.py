@@ -372,9 +372,9 @@ async def test_at_its_deadline_a_generation_ends_in_an_error_of_its_own_api(stag
     outputs: list[RequestOutput] = []
     with request_scope.request_scope(deadline=(asyncio.get_running_loop().time() + 0.05, RequestTimeout("Too late."))):
         submission, collecting = await stage.ask(sampling(), outputs)
-    submission.deliver(EngineCoreOutput("0", [1000]), None)
-    with pytest.raises(PublicHTTPError, match="Too late") as raised:
-        await asyncio.wait_for(collecting, 10)
+        submission.deliver(EngineCoreOutput("0", [1000]), None)
+        with pytest.raises(PublicHTTPError, match="Too late") as raised:
+            await asyncio.wait_for(collecting, 10)
     assert raised.value.error.status == 408
     assert len(outputs) == 1
     assert stage.flight.closed, "its place in the engine is free"

@@ -155,6 +155,23 @@ async def test_a_client_that_hangs_up_in_its_body_is_no_error_and_gets_no_answer
     assert counted == [499]
 
 
+async def test_an_answer_that_nobody_waited_for_is_counted_as_such() -> None:
+    class Late(RecordingApp):
+        """As vLLM's handlers: once it has heard that the client is gone, it answers with nothing."""
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            assert (await receive())["type"] == "http.disconnect"
+            await super().__call__(scope, lambda: _body(b"null"), send)
+
+    async def _body(raw: bytes) -> Message:
+        return {"type": "http.request", "body": raw}
+
+    counted: list[int] = []
+    await ask(make({"a": Late()}, count=lambda path, status: counted.append(status)), body=b"{}")
+    assert counted == [499]
+
+
 async def test_an_internal_error_is_opaque() -> None:
     async def resolve(name: str) -> App | None:
         raise RuntimeError("secret path /etc/x")

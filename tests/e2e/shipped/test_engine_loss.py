@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
-import psutil
 import requests
 
-from tests.e2e.serving import Served
+from tests.e2e.serving import Served, gone, named, wait_for
 
 REPLACED_WITHIN_S = 240
 ASK: dict[str, Any] = {
@@ -17,28 +14,6 @@ ASK: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hello there"}],
     "max_tokens": 4,
 }
-
-
-def named(served: Served, part: str) -> list[psutil.Process]:
-    found = []
-    for process in served.members():
-        try:
-            if part in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_for(condition: Callable[[], bool], limit_s: float, what: str) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
-        time.sleep(0.2)
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
 def answers(served: Served) -> bool:

@@ -1,0 +1,114 @@
+"""A client that hangs up, as Serve tells of it: the request's task is cancelled, and no `http.disconnect` is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+pytest.importorskip("vllm")
+
+from deployments.dispatch import App, Dispatcher, Message, Scope
+from deployments.seam.engine_client import FleetClient
+from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
+
+pytestmark = pytest.mark.asyncio
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+class House:
+    """vLLM's app behind the dispatcher, over engines that fall silent after their first delta."""
+
+    def __init__(self, app: App, fleet: ScriptedFleet, client: FleetClient) -> None:
+        async def resolve(name: str) -> App | None:
+            return app
+
+        self.fleet, self.client = fleet, client
+        self.app = Dispatcher(resolve, ["tiny"], [CHAT, COMPLETIONS], {}, max_body_bytes=10**6)
+        self.tasks_before = asyncio.all_tasks()
+
+    def ask(self, path: str, body: dict[str, Any]) -> None:
+        """Send a request as Serve does: what comes after its body is heard when it has been cancelled, not before."""
+        raw = json.dumps({"model": "tiny", "max_tokens": 100, **body}).encode()
+        inbox: list[Message] = [{"type": "http.request", "body": raw}]
+        self._gone = asyncio.Event()
+
+        async def receive() -> Message:
+            if inbox:
+                return inbox.pop()
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            pass
+
+        headers = [(b"content-type", b"application/json")]
+        scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        self._asking = asyncio.create_task(self.app(scope, receive, send))
+
+    async def hang_up(self) -> None:
+        self._asking.cancel()
+        await asyncio.wait({self._asking})
+        self._gone.set()
+
+    async def nothing_runs(self) -> None:
+        while left := asyncio.all_tasks() - self.tasks_before - {asyncio.current_task()}:
+            await asyncio.wait(left)
+
+
+@pytest_asyncio.fixture
+async def house(tmp_path: Any) -> AsyncIterator[House]:
+    app, fleet, client = await scripted_app(tmp_path)
+    fleet.hangs = True
+    made = House(app, fleet, client)
+    yield made
+    client.shutdown()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "flights"),
+    [
+        (CHAT, {"messages": MESSAGES}, 1),
+        (CHAT, {"messages": MESSAGES, "n": 2}, 1),
+        (COMPLETIONS, {"prompt": "one"}, 1),
+        (COMPLETIONS, {"prompt": ["one", "two"]}, 2),
+    ],
+)
+async def test_a_cancelled_request_leaves_nothing_running(
+    house: House, path: str, body: dict[str, Any], flights: int, stream: bool
+) -> None:
+    house.ask(path, {**body, "stream": stream})
+    async with asyncio.timeout(10):
+        while len(house.fleet.flights) < flights:
+            await house.fleet.started.wait()
+            house.fleet.started.clear()
+        await house.hang_up()
+        await asyncio.gather(*(flight.closed.wait() for flight in house.fleet.flights))
+        await house.nothing_runs()
+    assert not house.client._outputs.has_unfinished_requests()
+
+
+async def test_a_request_cancelled_while_its_prompt_is_rendered_never_starts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on, process = asyncio.Event(), asyncio.Event(), FleetClient._process
+
+    async def slowly(self: FleetClient, *arguments: Any, **options: Any) -> Any:
+        reached.set()
+        await go_on.wait()
+        return await process(self, *arguments, **options)
+
+    monkeypatch.setattr(FleetClient, "_process", slowly)
+    house.ask(CHAT, {"messages": MESSAGES})
+    async with asyncio.timeout(10):
+        await reached.wait()
+        await house.hang_up()
+        go_on.set()
+        await house.nothing_runs()
+    assert not house.fleet.flights
