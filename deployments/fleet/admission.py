@@ -127,11 +127,15 @@ class Admission:
         self._at = now
 
     def _wait(self, sequences: int) -> float | None:
-        """Return how long so many sequences take to finish at the pace of the latest ones; None where none is known."""
+        """Return how long so many sequences take to finish at the pace of the latest ones; None where none is known.
+
+        Engines that begin together end together: the first few of a batch say nothing about the pace of all of it.
+        """
         whole = len(self._finished) == _WINDOW
         finished = len(self._finished) - whole
         elapsed = self._busy_s - (self._finished[0] if whole else 0.0)
-        return sequences * elapsed / finished if finished >= 2 and elapsed > 0 else None
+        enough = max(2, min(self._capacity, _WINDOW // 2))
+        return sequences * elapsed / finished if finished >= enough and elapsed > 0 else None
 
 
 def _bounded(wait_s: float | None) -> float:
