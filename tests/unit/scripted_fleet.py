@@ -37,7 +37,12 @@ class StubFlight:
     async def _fly(self) -> None:
         fleet = self._fleet
         scripts = [fleet.tokens(fleet.answers[i % len(fleet.answers)]) for i in range(self._submission.sequences)]
+        whole, cut = scripts[0], fleet.cut_after
         while any(scripts):
+            if cut is not None and self._submission.progress >= cut:
+                cut = None
+                fleet.recovered.append(self._submission.recover())
+                scripts[0] = whole[self._submission.progress :]
             for index, script in enumerate(scripts):
                 if script:
                     said, scripts[index] = script[: fleet.step], script[fleet.step :]
@@ -67,6 +72,8 @@ class ScriptedFleet:
         answers: What sequence 0, 1, … says.
         step: Tokens in one delta.
         hangs: Whether it falls silent after the first delta.
+        cut_after: After how many tokens of its only sequence an engine fails, once.
+        recovered: How requests began again at another.
         full: Whether it refuses requests.
         prompts: What it was asked, as text.
         started: Set when a request arrives.
@@ -78,6 +85,8 @@ class ScriptedFleet:
         self.answers: Sequence[str] = ["An answer."]
         self.step = 1
         self.hangs = self.full = False
+        self.cut_after: int | None = None
+        self.recovered: list[str] = []
         self.prompts: list[str] = []
         self.flights: list[StubFlight] = []
         self.started = asyncio.Event()

@@ -92,6 +92,7 @@ class House:
     def says(self, *answers: str, step: int = 1) -> None:
         self.fleet.answers, self.fleet.step = answers, step
         self.fleet.hangs = self.fleet.full = False
+        self.fleet.cut_after = None
         self.retriever.error = None
 
     async def respond(self, **options: Any) -> Any:
@@ -291,6 +292,24 @@ async def test_a_streamed_chat_is_the_plain_one(house: House, step: int) -> None
     assert not any(hasattr(c.choices[0].delta, "annotations") for c in spoken)
     assert all(c.choices[0].delta.content or c.choices[0].delta.role for c in spoken)
     assert usage.usage.completion_tokens == len(house.fleet.tokens(SAID))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_fails_within_a_marker_costs_neither_the_citation_nor_the_text(
+    house: House, stream: bool
+) -> None:
+    house.says(SAID)
+    for cut in range(1, len(house.fleet.tokens(SAID))):
+        house.fleet.cut_after, house.fleet.recovered = cut, []
+        if stream:
+            chunks = await house.stream_chat()
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            annotations = chunks[-1].choices[0].delta.annotations
+        else:
+            message = (await house.chat()).choices[0].message
+            text, annotations = message.content, message.annotations
+        assert (text, cited(annotations)) == (CLEAN, CITED), cut
+        assert house.fleet.recovered == ["continued"]
 
 
 async def test_each_choice_has_its_own_citations(house: House) -> None:
