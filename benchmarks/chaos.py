@@ -183,8 +183,8 @@ class House:
                 continue
         return found
 
-    def break_something(self, fault: str) -> psutil.Process:
-        """Send the signal; return the process it hit."""
+    def victim(self, fault: str) -> tuple[psutil.Process, int, list[psutil.Process]]:
+        """Choose whom a fault hits: the process, its signal, and all that end by it."""
         part, number = {
             "actor": ("ServeReplica:groundswell:Engine", signal.SIGKILL),
             "core": ("VLLM::EngineCore", signal.SIGKILL),
@@ -194,13 +194,13 @@ class House:
             "router": ("ServeReplica:groundswell:Router", signal.SIGKILL),
         }[fault]
         victim = self._rng.choice(self.processes(part))
-        victim.send_signal(number)
-        return victim
+        replicas = [each for each in victim.parents() if any("ServeReplica:" in word for word in each.cmdline())]
+        return victim, number, [victim, *replicas]
 
-    async def whole(self, since: float, victim: psutil.Process | None = None) -> float:
-        """Wait until what was hit is gone and the Router knows all engines; return how long that took."""
+    async def whole(self, since: float, victims: Sequence[psutil.Process] = ()) -> float:
+        """Wait until those are gone and the Router knows all engines; return how long that took."""
         while time.monotonic() - since < BACK_WITHIN_S:
-            if (victim is None or is_gone(victim)) and await asyncio.to_thread(self._engines) == ENGINES == len(
+            if all(map(is_gone, victims)) and await asyncio.to_thread(self._engines) == ENGINES == len(
                 self.processes("VLLM::EngineCore")
             ):
                 return time.monotonic() - since
@@ -236,19 +236,18 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 class Strike:
-    """Breaks one thing when it is called.
+    """Breaks one thing when it is called, at once: who it is has been looked up before, which takes its time.
 
     Attributes:
-        victim: The process it has hit.
+        victim: The process it hits.
+        lost: All that end by it.
     """
 
-    victim: psutil.Process
-
     def __init__(self, house: House, fault: str) -> None:
-        self._house, self._fault = house, fault
+        self.victim, self._signal, self.lost = house.victim(fault)
 
     def __call__(self) -> None:
-        self.victim = self._house.break_something(self._fault)
+        self.victim.send_signal(self._signal)
 
 
 async def load(
@@ -332,7 +331,7 @@ async def run(
         judge(row, answers, undisturbed, moment)
         if fault == "silence":  # it would wake up, or be replaced after three health checks of 30 s
             strike.victim.kill()
-        row.whole_again_s = max(row.whole_again_s, await house.whole(moment, strike.victim))
+        row.whole_again_s = max(row.whole_again_s, await house.whole(moment, strike.lost))
         if fault != "router":  # which takes its counts with it
             await asyncio.sleep(METRICS_LAG_S)
             gained = await asyncio.to_thread(house.recovered) - before
