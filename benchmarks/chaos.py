@@ -286,8 +286,9 @@ def judge(row: Row, answers: Sequence[Answer], undisturbed: Sequence[Answer], mo
             row.error_after_s = max(row.error_after_s, answer.times[-1] - moment)
         else:
             row.tokens_off += off(answer, model)
-            pauses = [b - a for a, b in zip(answer.times, answer.times[1:], strict=False) if b > moment]
-            row.longest_pause_s = max([row.longest_pause_s, *pauses])
+            if len(answer.times) > 2:  # a plain answer comes at once, however long that takes
+                pauses = [b - a for a, b in zip(answer.times, answer.times[1:], strict=False) if b > moment]
+                row.longest_pause_s = max([row.longest_pause_s, *pauses])
 
 
 def off(answer: Answer, model: Answer) -> int:
