@@ -44,8 +44,8 @@ from deployments.launch.processes import members
 ENGINES: Final = 2
 BACK_WITHIN_S: Final = 300.0
 ANSWERED_WITHIN_S: Final = 240.0
-METRICS_LAG_S: Final = 15.0
-"""Ray's endpoint shows a count within this."""
+METRICS_LAG_S: Final = 45.0
+"""Ray's endpoint shows a count within this, on cores that are busy."""
 FULL: Final = ("actor", "core", "worker", "hang", "actor", "core", "worker", "silence") * 2 + (
     *("actor", "core", "worker", "actor"),
     "router",
@@ -334,13 +334,24 @@ async def run(
             strike.victim.kill()
         row.whole_again_s = max(row.whole_again_s, await house.whole(moment, strike.lost))
         if fault != "router":  # which takes its counts with it
-            await asyncio.sleep(METRICS_LAG_S)
-            gained = await asyncio.to_thread(house.recovered) - before
+            gained = await _gained(house, before)
             row.continued += gained["continued"]
             row.restarted += gained["restarted"]
         problems = [answer.problem for answer in answers if answer.problem]
         say(f"{number:3} of {len(faults)}  {fault:8} {asdict(row)} {problems[:1] or ''}")
     return rows
+
+
+async def _gained(house: House, before: Counter[str]) -> Counter[str]:
+    """Return the requests recovered since, once their number is known and has stopped growing."""
+    since, gained = time.monotonic(), Counter[str]()
+    while time.monotonic() - since < METRICS_LAG_S:
+        await asyncio.sleep(METRICS_LAG_S / 4)
+        now = await asyncio.to_thread(house.recovered) - before
+        if gained and now == gained:
+            break
+        gained = now
+    return gained
 
 
 def table(rows: dict[str, Row]) -> str:

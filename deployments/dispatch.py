@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -35,6 +35,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Answer = Callable[[], Awaitable[tuple[int, str, bytes]]]
 """Makes an answer of the Router's own: status, content type, body."""
@@ -79,14 +80,14 @@ _REFUSED_PATHS: Final = (("/v1/responses/", "Stored responses"), ("/v1/realtime"
 
 
 class ClientGone(Exception):
-    """The client hung up before its request was complete."""
+    """The client hung up before it had an answer."""
 
 
 class Dispatcher:
     """See the module's docstring.
 
     Args:
-        resolve: Returns the app of a model by name, or None; waits for it where it must be built first.
+        resolve: Returns the app of a model by name, or None; or something to wait for where it must be built first.
         names: All names clients may use, for messages.
         model_paths: Paths that belong to a model.
         own: The Router's own GET paths.
@@ -100,7 +101,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        resolve: Callable[[str], Awaitable[App | None]],
+        resolve: Callable[[str], App | Awaitable[App | None] | None],
         names: Iterable[str],
         model_paths: Iterable[str],
         own: Mapping[str, Answer],
@@ -146,6 +147,8 @@ class Dispatcher:
 
         async def watched(message: Message) -> None:
             nonlocal status, streams
+            if hung_up:
+                return  # vLLM's app answers those too that are gone
             if message["type"] == "http.response.start":
                 status = message["status"]
                 streams = any(
@@ -178,7 +181,7 @@ class Dispatcher:
             await _respond(watched, opaque.status, json.dumps(opaque.body()).encode())
         finally:
             known = path if path in self._model_paths or path in self._own else self._prefix(path) or "other"
-            status = 499 if hung_up else status  # vLLM's app answers those too that are gone
+            status = 499 if hung_up else status
             self._count(known, status)
             took_ms = 1000 * (time.perf_counter() - started)
             logger.info("%s %r %s %.0f ms", scope["method"], redacted(path), status or "aborted", took_ms)
@@ -200,13 +203,13 @@ class Dispatcher:
         if path not in self._model_paths:
             raise NotFound(f"There is no {path} here.")
         if method == "OPTIONS":
-            app = await self._resolve(self._names[0])
+            app = await self._app(self._names[0], receive)
             assert app is not None
             return await app(scope, receive, send)
         if method != "POST":
             raise MethodNotAllowed(f"{path} takes POST.")
         body = await self._read(scope, receive)
-        app = await self._choose(body)
+        app = await self._choose(body, receive)
         with request_scope(deadline=graceful):
             await app(scope, replay(body, receive), send)
 
@@ -219,7 +222,11 @@ class Dispatcher:
     def _prefix(self, path: str) -> str | None:
         return next((p for p in self._mounted if path == p or path.startswith(p + "/")), None)
 
-    async def _choose(self, body: bytes) -> App:
+    async def _app(self, name: str, receive: Receive) -> App | None:
+        found = self._resolve(name)
+        return await while_connected(found, receive) if isinstance(found, Awaitable) else found
+
+    async def _choose(self, body: bytes, receive: Receive) -> App:
         peek = self._peek(body)
         for field, feature in _REFUSED_FIELDS.items():
             if getattr(peek, field):
@@ -230,7 +237,7 @@ class Dispatcher:
             name = self._names[0]
         if not isinstance(name, str) or not name:
             raise BadRequest(f"`model` must be one of: {', '.join(self._names)}.", param="model")
-        app = await self._resolve(name)
+        app = await self._app(name, receive)
         if app is None:
             raise ModelNotFound(f"The model `{name[:200]}` does not exist.", param="model")
         return app
@@ -291,6 +298,33 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
+
+
+async def while_connected(work: Awaitable[T], receive: Receive) -> T:
+    """Return what `work` returns, or cancel it when the client hangs up.
+
+    Raises:
+        ClientGone: It did.
+    """
+
+    async def hung_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, listening = asyncio.ensure_future(work), asyncio.create_task(hung_up())
+    both: set[asyncio.Future[Any]] = {working, listening}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in both:
+            task.cancel()
+        await asyncio.wait(both)
+        for task in both:
+            if not task.cancelled():
+                task.exception()  # looked at, or asyncio would log it as nobody's
 
 
 def last_words(path: str, error: PublicError) -> bytes:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 from deployments.errors import PublicError
@@ -38,25 +37,35 @@ class RequestScope:
     Attributes:
         caller: Who asks.
         deadline: When the request must end, by the event loop's clock, and with which error.
-        over: Whether the request has ended. What it left running should too.
     """
 
     def __init__(self, caller: Caller | None = None, deadline: tuple[float, PublicError] | None = None) -> None:
         self.caller, self.deadline = caller, deadline
-        self.over = False
         self.kept: dict[str, Any] = {}
-        self._at_end: dict[object, Callable[[], None]] = {}
+        self._over = False
+        self._at_end: list[Callable[[], None]] = []
 
-    def at_end(self, callback: Callable[[], None]) -> Callable[[], object]:
-        """Have `callback` called when the request ends; return what takes it back."""
-        key = object()
-        self._at_end[key] = callback
-        return partial(self._at_end.pop, key, None)
+    @property
+    def over(self) -> bool:
+        """Whether the request has ended. What it left running should too."""
+        return self._over
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when the request ends: now, where it has."""
+        if self._over:
+            callback()
+        else:
+            self._at_end.append(callback)
+
+    def not_at_end(self, callback: Callable[[], None]) -> None:
+        """Take back what was given to `at_end`, if it is still to come."""
+        if callback in self._at_end:
+            self._at_end.remove(callback)
 
     def end(self) -> None:
-        self.over = True
+        self._over = True
         while self._at_end:
-            self._at_end.popitem()[1]()
+            self._at_end.pop()()
 
 
 _current: Final[ContextVar[RequestScope | None]] = ContextVar("groundswell_request_scope", default=None)

@@ -9,7 +9,7 @@ import os
 import random
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any, cast
 
 from deployments import messages as m
@@ -17,7 +17,7 @@ from deployments import request_scope
 from deployments.access.fair_share import FairShare
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyRing, key_ring
-from deployments.config import AppConfig, ModelConfig
+from deployments.config import AppConfig, AssistantConfig, ModelConfig
 from deployments.dispatch import App, Dispatcher
 from deployments.errors import EngineFailure, EngineUnavailable, ModelNotFound
 from deployments.fleet.client import Exchange, Fleet, Ticket
@@ -91,12 +91,18 @@ class Router:
         retriever: Retriever | None = self._retriever()
         assistants = {assistant.name: assistant for assistant in self._config.assistants}
 
-        async def resolve(name: str) -> App | None:
+        def resolve(name: str) -> App | Awaitable[App] | None:
             assistant = assistants.get(name)
             model = by_name.get(name if assistant is None else assistant.model)
             if model is None:
                 return None
-            app, config = await model.app(), self._config.grounding
+            return grounded(model.built, model, assistant) if model.built is not None else built(model, assistant)
+
+        async def built(model: _Model, assistant: AssistantConfig | None) -> App:
+            return grounded(await model.app(), model, assistant)
+
+        def grounded(app: App, model: _Model, assistant: AssistantConfig | None) -> App:
+            config = self._config.grounding
             return GroundedApp(app, model.limits(), retriever, config, metrics=self._metrics, assistant=assistant)
 
         dispatcher = Dispatcher(

@@ -50,6 +50,8 @@ class Admission:
     def capacity(self, sequences: int) -> None:
         self._advance()
         self._capacity = sequences
+        # At least two batches of engines that work in step.
+        self._finished = deque(self._finished, maxlen=max(_WINDOW, 2 * sequences))
 
     def check(self, n: int, key: str | None = None) -> None:
         """Raise unless `n` more sequences may start, of this key where there are keys.
@@ -131,10 +133,10 @@ class Admission:
 
         Engines that begin together end together: the first few of a batch say nothing about the pace of all of it.
         """
-        whole = len(self._finished) == _WINDOW
+        whole = len(self._finished) == self._finished.maxlen
         finished = len(self._finished) - whole
         elapsed = self._busy_s - (self._finished[0] if whole else 0.0)
-        enough = max(2, min(self._capacity, _WINDOW // 2))
+        enough = max(2, self._capacity)
         return sequences * elapsed / finished if finished >= enough and elapsed > 0 else None
 
 

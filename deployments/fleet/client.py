@@ -130,7 +130,7 @@ class Flight:
         self._begun = False
         self._reset()
         self.task = self._loop.create_task(self._fly())
-        self.task.add_done_callback(lambda _: fleet.admission.leave(submission.sequences))
+        self.task.add_done_callback(self._land)
 
     def _reset(self) -> None:
         self._booking = self._fleet.ledger.book(self._submission.prompt_tokens, self._submission.sequences)
@@ -140,6 +140,13 @@ class Flight:
         self._next_sequence = 0
         self._last_sequence: int | None = None
         self._complete: asyncio.Future[None] = self._loop.create_future()
+
+    def _land(self, task: asyncio.Task[None]) -> None:
+        admission, sequences = self._fleet.admission, self._submission.sequences
+        if task.cancelled() and not self._begun:  # no engine has done its work, so it says nothing of their pace
+            admission.give_back(sequences)
+        else:
+            admission.leave(sequences)
 
     async def _fly(self) -> None:
         fleet, submission = self._fleet, self._submission

@@ -11,14 +11,14 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from deployments import request_scope
 from deployments.config import AssistantConfig, GroundingConfig
-from deployments.dispatch import App, ClientGone, Message, Receive, Scope, Send, replay
+from deployments.dispatch import App, ClientGone, Message, Receive, Scope, Send, replay, while_connected
 from deployments.errors import BadRequest, DocumentsUnavailable, NotFound, Overloaded, PublicError
 from deployments.grounding import chat, responses
 from deployments.grounding.file_search import (
@@ -44,8 +44,6 @@ _RETRY_AFTER_S: Final = 5.0
 _MENTION: Final = TOOL.encode()
 WITHOUT_DOCUMENTS: Final = (b"x-groundswell-documents", b"unavailable")
 """On answers that go without the documents they were asked from."""
-
-T = TypeVar("T")
 
 
 class Stream(Protocol):
@@ -217,7 +215,7 @@ class GroundedApp:
         asked = self._find(self._retriever, search, query)
         try:
             async with asyncio.timeout(self._config.search_timeout_s):
-                found = await _while_connected(asked, receive)
+                found = await while_connected(asked, receive)
             outcome = "completed"
             return found
         except ClientGone:
@@ -276,33 +274,6 @@ def one_system_message(messages: list[Body]) -> list[Body]:
     return [{"role": "system", "content": text}, *messages[count:]]
 
 
-async def _while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """Return what `work` returns, or cancel it when the client hangs up.
-
-    Raises:
-        ClientGone: It did.
-    """
-
-    async def hung_up() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, listening = asyncio.create_task(work), asyncio.create_task(hung_up())
-    both: set[asyncio.Task[Any]] = {working, listening}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        for task in both:
-            task.cancel()
-        await asyncio.wait(both)
-        for task in both:
-            if not task.cancelled():
-                task.exception()  # looked at, or asyncio would log it as nobody's
-
-
 def _with_length(scope: Scope, length: int) -> Scope:
     """Return the scope of a request whose body has another length now."""
     headers = [header for header in scope["headers"] if header[0] != b"content-length"]
@@ -357,7 +328,9 @@ class _Rewriter:
         self._chunks.append(message.get("body", b""))
         if message.get("more_body", False):
             return
-        answer = self._api.rewrite(msgspec.json.decode(b"".join(self._chunks)), self._answering)
-        body = msgspec.json.encode(answer)
+        body = b"".join(self._chunks)
+        answer = msgspec.json.decode(body)
+        if isinstance(answer, dict):  # or it is the null that vLLM says to clients that are gone
+            body = msgspec.json.encode(self._api.rewrite(answer, self._answering))
         await self._send(_with_length(start, len(body)))
         await self._send({"type": "http.response.body", "body": body})

@@ -41,7 +41,6 @@ def defaults(run_folder: Path) -> dict[str, str]:
         # Speed: HAProxy in front, gRPC between the deployments. Both are read once, when Serve starts.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # as the line before implies; HAProxy's start looks at it
         # Autoscaling within seconds: how often the Router reports its load.
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         # Ray lowers its workers' priority (nice 15), and with it that of engines and Routers: on a machine that does
@@ -107,7 +106,7 @@ def write_files(run_folder: Path) -> None:
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
     wrapper = run_folder / "haproxy-on-loopback"
-    command = [sys.executable, "-I", str(Path(__file__).with_name("haproxy_on_loopback.py"))]
+    command = [sys.executable, "-I", str(Path(__file__).with_name("haproxy.py"))]
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     wrapper.chmod(0o700)
 

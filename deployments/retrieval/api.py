@@ -23,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope
 
 from deployments.config import DocumentsConfig
+from deployments.dispatch import ClientGone, while_connected
 from deployments.errors import BadRequest, MethodNotAllowed, NotFound, Overloaded, PayloadTooLarge, PublicError
 from deployments.retrieval.batching import MESSAGE_BYTES, batches
 from deployments.retrieval.filters import checked_attributes
@@ -278,7 +279,8 @@ class _Api:
         try:
             form = await self._form(request)
             try:
-                return JSONResponse(_file(await self._take(self._owner(request), form)))
+                taking = self._take(self._owner(request), form)
+                return JSONResponse(_file(await while_connected(taking, request.receive)))
             finally:
                 await form.close()
         finally:
@@ -396,7 +398,7 @@ class _Api:
     async def _search(self, request: Request) -> Response:
         body = await self._body(request, _Search)
         queries = [body.query] if isinstance(body.query, str) else body.query
-        hits = await self._retriever.search(
+        searching = self._retriever.search(
             self._owner(request),
             [request.path_params["store_id"]],
             queries,
@@ -404,6 +406,7 @@ class _Api:
             filters=body.filters,
             ranking=_ranking(body.ranking_options),
         )
+        hits = await while_connected(searching, request.receive)
         data = [
             {
                 "file_id": hit.file_id,
@@ -532,7 +535,7 @@ def _endpoint(path: str, by_method: Mapping[str, Handler]) -> Handler:
             return await handler(request)
         except PublicError as error:
             return JSONResponse(error.body(), error.status, error.headers())
-        except ClientDisconnect:
+        except (ClientDisconnect, ClientGone):
             return Response(status_code=499)
         except Exception:
             logger.exception("%s %s failed", request.method, path)

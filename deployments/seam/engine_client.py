@@ -10,7 +10,8 @@ Source: `vllm/v1/engine/async_llm.py` (`add_request`, `generate`, `encode`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import ExitStack
 from copy import copy
 from http import HTTPStatus
 from typing import Any, Literal, NoReturn, Protocol
@@ -250,6 +251,8 @@ class FleetClient(EngineClient):
             raise error.error from None
 
     def _admit(self, scope: request_scope.RequestScope | None, n: int) -> Reservation:
+        if scope is not None and scope.over:  # while a handler was at something before this
+            raise asyncio.CancelledError
         try:
             reservation = self._fleet.admit(n)
         except PublicError as error:
@@ -264,7 +267,7 @@ class FleetClient(EngineClient):
     def _reservation(self, n: int) -> Reservation:
         """Return what the HTTP request was let in with; pooling requests are not asked in before they get here."""
         scope = request_scope.current()
-        if scope is not None and _ADMITTED in scope.kept:
+        if scope is not None and not scope.over and _ADMITTED in scope.kept:
             reservation: Reservation = scope.kept[_ADMITTED]
             return reservation
         return self._admit(scope, n)
@@ -331,16 +334,13 @@ class FleetClient(EngineClient):
     async def _run(
         self, request: EngineCoreRequest, prompt: Any, prompt_text: str | None
     ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
-        scope = request_scope.current()
-        if scope is not None and scope.over:  # while a handler was at something before this
-            raise asyncio.CancelledError
+        scope, waiting = request_scope.current(), asyncio.current_task()
         reservation = self._reservation(getattr(request.params, "n", 1))
         turn = self._stamps.put(request)
-        stay = _end_with(scope)
-        submission: RequestSubmission | None = None
-        flight: Flight | None = None
-        timer: asyncio.TimerHandle | None = None
-        try:
+        # Left by a finished answer, a client that hung up, and a generator that was dropped alike.
+        with ExitStack() as held:
+            if turn is not None:
+                held.callback(turn.leave)
             queue = RequestOutputCollector(request.params.output_kind, request.request_id)
             submission = RequestSubmission(
                 request,
@@ -352,24 +352,29 @@ class FleetClient(EngineClient):
                 tied=self._tied,
                 turn=turn,
             )
+            held.callback(submission.abort)
             flight = self._fleet.start(submission, reservation)
+            held.callback(flight.close)
             timer = _at_deadline(flight, submission)
+            if timer is not None:
+                held.callback(timer.cancel)
+            if scope is not None:
+
+                def end() -> None:
+                    # Who waits for this generation ends with its HTTP request. vLLM runs the handlers of plain requests
+                    # in tasks of their own, which hear of `http.disconnect` and not of a cancelled request: and that is
+                    # all that deadlines make of it, and Serve where it receives for us.
+                    held.close()
+                    if waiting is not None and waiting is not asyncio.current_task():
+                        waiting.cancel()
+
+                scope.at_end(end)
+                held.callback(scope.not_at_end, end)
             finished = False
             while not finished:
                 output = queue.get_nowait() or await queue.get()
                 finished = output.finished
                 yield output
-        finally:
-            # Reached by a finished answer, a client that hung up, and a generator that was dropped alike.
-            stay()
-            if timer is not None:
-                timer.cancel()
-            if flight is not None:
-                flight.close()
-            if submission is not None:
-                submission.abort()
-            if turn is not None:
-                turn.leave()
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
@@ -452,23 +457,6 @@ class FleetClient(EngineClient):
 
     async def is_paused(self) -> bool:
         return False
-
-
-def _end_with(scope: request_scope.RequestScope | None) -> Callable[[], object]:
-    """Have the task that waits for this generation end with its HTTP request; return what takes that back.
-
-    vLLM runs the handlers of plain requests in tasks of their own, which end by ASGI's `http.disconnect`. Serve sends
-    none: it cancels the request's task, and theirs would wait on for an answer that nobody takes.
-    """
-    if scope is None:
-        return lambda: None
-    waiting = asyncio.current_task()
-
-    def end() -> None:
-        if waiting is not None and waiting is not asyncio.current_task():
-            waiting.cancel()
-
-    return scope.at_end(end)
 
 
 def _at_deadline(flight: Flight, submission: RequestSubmission) -> asyncio.TimerHandle | None:

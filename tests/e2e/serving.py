@@ -114,7 +114,7 @@ def named(served: Served, part: str) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float, what: str) -> None:
+def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 90) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"

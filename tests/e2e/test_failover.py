@@ -104,7 +104,7 @@ class Fleet:
             known = requests.get(f"{self.url}/health", timeout=30).json()["replicas"]["tiny"]
             return bool(known == 2 == len(named(self.served, REPLICA)) == len(named(self.served, CORE)))
 
-        wait_for(both, LIMIT_S, "both engines are there")
+        wait_for(both, "both engines are there", LIMIT_S)
 
 
 def counted(usage: dict[str, Any]) -> dict[str, int]:
@@ -165,4 +165,4 @@ def test_an_engine_that_is_lost_in_mid_answer_costs_nobody_a_token(
         if by == signal.SIGSTOP:
             with contextlib.suppress(psutil.NoSuchProcess):  # Serve may have replaced it by now
                 hit.kill()
-    wait_for(lambda: gone([hit]), 30, "it has ended")
+    wait_for(lambda: gone([hit]), "it has ended", 30)

@@ -6,8 +6,7 @@ Started as `make serve` starts: on loopback, with HAProxy, gRPC and Ray's token.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import requests
 import yaml
 
 from models import tiny_random
-from tests.e2e.serving import ROOT, Served, serving
+from tests.e2e.serving import ROOT, Served, serving, wait_for
 from tests.serve import orders
 
 LIMIT_S = 90
@@ -100,13 +99,6 @@ class Stubs:
             return in_a_row > 2 * ROUTERS
 
         wait_for(settled, f"{number} engines of {model}")
-
-
-def wait_for(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="package")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import requests
 
+from tests.e2e.serving import wait_for
 from tests.serve import orders
-from tests.serve.conftest import MAX_QUEUED, ROUTERS, Stubs, wait_for
+from tests.serve.conftest import MAX_QUEUED, ROUTERS, Stubs
 
 
 def events(answer: requests.Response) -> Iterator[Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import requests
 
-from tests.e2e.serving import named
-from tests.serve.conftest import ROUTERS, Stubs, wait_for
+from tests.e2e.serving import named, wait_for
+from tests.serve.conftest import ROUTERS, Stubs
 from tests.serve.test_fleet_of_stubs import events
 
 STREAMS = 8

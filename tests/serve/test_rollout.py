@@ -12,8 +12,8 @@ from threading import Event
 
 import psutil
 
-from tests.e2e.serving import ROOT
-from tests.serve.conftest import LIMIT_S, Stubs, wait_for
+from tests.e2e.serving import ROOT, wait_for
+from tests.serve.conftest import LIMIT_S, Stubs
 from tests.serve.test_fleet_of_stubs import events, words
 
 CLIENTS = 6

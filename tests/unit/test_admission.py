@@ -126,15 +126,17 @@ def test_nobody_is_let_in_who_would_wait_too_long() -> None:
     assert refused.value.retry_after_s == pytest.approx(10.5, rel=0.05)
 
 
-def test_the_first_of_a_batch_to_end_do_not_make_engines_look_slow() -> None:
+@pytest.mark.parametrize("capacity", [16, 256])
+def test_the_first_of_a_batch_to_end_do_not_make_engines_look_slow(capacity: int) -> None:
     clock = Clock()
-    admission = Admission(1000, max_wait_s=2, clock=clock)
-    admission.capacity = 16
-    admission.enter(22)
-    clock.now += 5  # the engine's first batch is slow, and its sequences end as they began, together
-    for _ in range(16):
-        admission.leave(1)
-        admission.reserve(1).take(1)
+    admission = Admission(1000, max_wait_s=4, clock=clock)
+    admission.capacity = capacity
+    admission.enter(capacity + capacity // 3)
+    for _ in range(5):
+        clock.now += 5  # sequences end as they began, together
+        for _ in range(capacity):
+            admission.leave(1)
+            admission.reserve(1).take(1)
 
 
 def test_at_four_times_what_engines_can_do_the_let_in_wait_no_longer_and_engines_are_never_idle() -> None:

@@ -21,7 +21,7 @@ import yaml
 from deployments import cli
 from deployments.launch import environment, processes
 from deployments.launch.driver import Settings, cause, engine_cause, progress, ready_message
-from deployments.launch.haproxy_on_loopback import on_loopback, receiving_itself
+from deployments.launch.haproxy import on_loopback, received_by_the_app
 from deployments.launch.preflight import (
     GB,
     CannotStart,
@@ -223,7 +223,7 @@ class TestEnvironment:
         assert not [address for address in bound if address.startswith((":", "*:"))]
 
     def test_haproxy_leaves_receiving_to_the_app(self) -> None:
-        before, after = (text.splitlines() for text in (self.template(), receiving_itself(self.template())))
+        before, after = (text.splitlines() for text in (self.template(), received_by_the_app(self.template())))
         (added,) = [i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new][:1]
         assert after[added].split() == ["http-request", "set-header", "x-request-disconnect-disabled", "?1"]
         assert after[added + 1 :] == before[added:]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
 from deployments import request_scope
-from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
+from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send, replay
 
 pytestmark = pytest.mark.asyncio
 CHAT = "/v1/chat/completions"
@@ -27,7 +28,12 @@ class RecordingApp:
 
 
 async def ask(
-    dispatcher: Dispatcher, path: str = CHAT, body: bytes = b"", method: str = "POST", chunks: list[bytes] | None = None
+    dispatcher: Dispatcher,
+    path: str = CHAT,
+    body: bytes = b"",
+    method: str = "POST",
+    chunks: list[bytes] | None = None,
+    hangs_up: bool = False,
 ) -> tuple[int, Any, dict[str, str]]:
     parts = chunks if chunks is not None else [body]
     inbox: list[Message] = [
@@ -36,6 +42,8 @@ async def ask(
     sent: list[Message] = []
 
     async def receive() -> Message:
+        if not inbox and not hangs_up:
+            await asyncio.Event().wait()
         return inbox.pop(0) if inbox else {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
@@ -151,7 +159,7 @@ async def test_a_body_without_a_length_is_cut_off_at_the_bound() -> None:
 async def test_a_client_that_hangs_up_in_its_body_is_no_error_and_gets_no_answer() -> None:
     counted: list[int] = []
     dispatcher = make({"a": RecordingApp()}, count=lambda path, status: counted.append(status))
-    assert (await ask(dispatcher, chunks=[]))[0] == 0
+    assert (await ask(dispatcher, chunks=[], hangs_up=True))[0] == 0
     assert counted == [499]
 
 
@@ -162,14 +170,41 @@ async def test_an_answer_that_nobody_waited_for_is_counted_as_such() -> None:
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
             await receive()
             assert (await receive())["type"] == "http.disconnect"
-            await super().__call__(scope, lambda: _body(b"null"), send)
-
-    async def _body(raw: bytes) -> Message:
-        return {"type": "http.request", "body": raw}
+            await super().__call__(scope, replay(b"null", receive), send)
 
     counted: list[int] = []
-    await ask(make({"a": Late()}, count=lambda path, status: counted.append(status)), body=b"{}")
+    answers = make({"a": Late()}, count=lambda path, status: counted.append(status))
+    status, _, _ = await ask(answers, body=b"{}", hangs_up=True)
+    assert status == 0, "an answer was sent"
     assert counted == [499]
+
+
+async def test_a_client_that_hangs_up_while_its_models_app_waits_for_an_engine_is_heard() -> None:
+    cancelled: list[str] = []
+
+    async def resolve(name: str) -> App | None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(name)
+        return None
+
+    dispatcher = Dispatcher(resolve, ["a"], [CHAT], {}, max_body_bytes=100)
+    async with asyncio.timeout(10):
+        assert (await ask(dispatcher, body=b"{}", hangs_up=True))[0] == 0
+    assert cancelled == ["a"]
+
+
+async def test_what_is_left_to_the_end_of_a_request_that_has_ended_is_done_at_once() -> None:
+    done: list[str] = []
+    with request_scope.request_scope() as scope:
+        scope.at_end(keep := lambda: done.append("kept"))
+        scope.at_end(drop := lambda: done.append("dropped"))
+        scope.not_at_end(drop)
+        assert (scope.over, done) == (False, [])
+    assert (scope.over, done) == (True, ["kept"])
+    scope.at_end(keep)
+    assert done == ["kept"] * 2
 
 
 async def test_an_internal_error_is_opaque() -> None:

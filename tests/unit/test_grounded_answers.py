@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -447,7 +448,9 @@ async def test_a_search_that_failed_is_seen_in_the_answer_that_does_without(hous
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "asked"), [("chat/completions", "messages"), ("responses", "input")])
-async def test_a_client_that_hangs_up_ends_the_generation(house: House, path: str, asked: str, stream: bool) -> None:
+async def test_a_client_that_hangs_up_ends_the_generation(
+    house: House, path: str, asked: str, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     house.says(SAID)
     house.fleet.hangs = True
     gone = asyncio.Event()
@@ -479,3 +482,4 @@ async def test_a_client_that_hangs_up_ends_the_generation(house: House, path: st
         gone.set()
         await house.fleet.flights[-1].closed.wait()
         await asyncio.wait({asking})
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

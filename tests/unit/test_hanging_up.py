@@ -1,9 +1,14 @@
-"""A client that hangs up, as Serve tells of it: the request's task is cancelled, and no `http.disconnect` is sent."""
+"""A client that hangs up, in both ways in which Routers hear of it.
+
+Where Serve receives for the app, it cancels the request's task, and what comes after the body is heard too late or not
+at all; so do deadlines. Where the app receives itself, it hears `http.disconnect`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,11 +34,16 @@ class House:
             return app
 
         self.fleet, self.client = fleet, client
-        self.app = Dispatcher(resolve, ["tiny"], [CHAT, COMPLETIONS], {}, max_body_bytes=10**6)
+        self.counted: list[int] = []
+        self.app = Dispatcher(
+            *(resolve, ["tiny"], [CHAT, COMPLETIONS], {}),
+            max_body_bytes=10**6,
+            count=lambda path, status: self.counted.append(status),
+        )
         self.tasks_before = asyncio.all_tasks()
 
     def ask(self, path: str, body: dict[str, Any]) -> None:
-        """Send a request as Serve does: what comes after its body is heard when it has been cancelled, not before."""
+        """Send a request as Serve does."""
         raw = json.dumps({"model": "tiny", "max_tokens": 100, **body}).encode()
         inbox: list[Message] = [{"type": "http.request", "body": raw}]
         self._gone = asyncio.Event()
@@ -51,8 +61,11 @@ class House:
         scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
         self._asking = asyncio.create_task(self.app(scope, receive, send))
 
-    async def hang_up(self) -> None:
-        self._asking.cancel()
+    async def hang_up(self, cancelled: bool) -> None:
+        if cancelled:
+            self._asking.cancel()
+        else:
+            self._gone.set()
         await asyncio.wait({self._asking})
         self._gone.set()
 
@@ -70,6 +83,7 @@ async def house(tmp_path: Any) -> AsyncIterator[House]:
     client.shutdown()
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("path", "body", "flights"),
@@ -80,18 +94,27 @@ async def house(tmp_path: Any) -> AsyncIterator[House]:
         (COMPLETIONS, {"prompt": ["one", "two"]}, 2),
     ],
 )
-async def test_a_cancelled_request_leaves_nothing_running(
-    house: House, path: str, body: dict[str, Any], flights: int, stream: bool
+async def test_a_client_that_hangs_up_leaves_nothing_running(
+    house: House,
+    path: str,
+    body: dict[str, Any],
+    flights: int,
+    stream: bool,
+    cancelled: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     house.ask(path, {**body, "stream": stream})
     async with asyncio.timeout(10):
         while len(house.fleet.flights) < flights:
             await house.fleet.started.wait()
             house.fleet.started.clear()
-        await house.hang_up()
+        await house.hang_up(cancelled)
         await asyncio.gather(*(flight.closed.wait() for flight in house.fleet.flights))
         await house.nothing_runs()
     assert not house.client._outputs.has_unfinished_requests()
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    if not stream and not cancelled:
+        assert house.counted == [499]
 
 
 async def test_a_request_cancelled_while_its_prompt_is_rendered_never_starts(
@@ -108,7 +131,7 @@ async def test_a_request_cancelled_while_its_prompt_is_rendered_never_starts(
     house.ask(CHAT, {"messages": MESSAGES})
     async with asyncio.timeout(10):
         await reached.wait()
-        await house.hang_up()
+        await house.hang_up(cancelled=True)
         go_on.set()
         await house.nothing_runs()
     assert not house.fleet.flights

@@ -26,7 +26,7 @@ def test_vllms_processes_do_not_outlive_a_killed_replica_and_a_waiting_request_i
     engine = named(served, "VLLM::")
     assert len(replica) == 1 and engine
     replica[0].kill()
-    wait_for(lambda: gone(engine), 10, "EngineCore and Worker are gone")
+    wait_for(lambda: gone(engine), "EngineCore and Worker are gone", 10)
     assert answers(served)
 
 
@@ -35,5 +35,5 @@ def test_a_replica_whose_engine_core_died_is_replaced(served: Served) -> None:
     core = named(served, "VLLM::EngineCore")
     assert len(core) == 1
     core[0].kill()
-    wait_for(lambda: gone(replica), 20, "the replica has left")
+    wait_for(lambda: gone(replica), "the replica has left", 20)
     assert answers(served)

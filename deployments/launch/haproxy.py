@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -26,7 +27,7 @@ PR_SET_PDEATHSIG = 1
 # The two lines of Serve's template: `bind :9101` under `frontend prometheus`, `bind *:8404` under `listen stats`.
 _OPEN = re.compile(r"^((?:frontend prometheus|listen stats)[ \t]*\n[ \t]+bind )\*?:", re.MULTILINE)
 
-_RECEIVES_ITSELF = "    http-request set-header x-request-disconnect-disabled ?1\n"
+_RECEIVED_BY_THE_APP = "    http-request set-header x-request-disconnect-disabled ?1\n"
 _FRONTEND = re.compile(r"^frontend http_frontend[ \t]*\n(?:[ \t]+bind [^\n]*\n)+", re.MULTILINE)
 
 
@@ -35,9 +36,15 @@ def on_loopback(config: str) -> str:
     return _OPEN.sub(r"\g<1>127.0.0.1:", config)
 
 
-def receiving_itself(config: str) -> str:
+def received_by_the_app(config: str) -> str:
     """Return HAProxy's configuration with requests marked as to be received by the app."""
-    return _FRONTEND.sub(lambda found: found[0] + _RECEIVES_ITSELF, config)
+    return _FRONTEND.sub(lambda found: found[0] + _RECEIVED_BY_THE_APP, config)
+
+
+def _user_code_has_a_thread(environ: Mapping[str, str]) -> bool:
+    """Whether Serve runs the app in another thread than its own server, as Serve decides it: then it must receive."""
+    throughput = environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED") == "1"
+    return environ.get("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0" if throughput else "1") == "1"
 
 
 def main() -> None:
@@ -48,9 +55,8 @@ def main() -> None:
             path = Path(value)
             # In place: Serve recognises its HAProxy by the name of this file, and writes it anew before each start.
             config = on_loopback(path.read_text())
-            # Where user code has a thread of its own, only Serve may receive.
-            if os.environ.get("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD") == "0":
-                config = receiving_itself(config)
+            if not _user_code_has_a_thread(os.environ):
+                config = received_by_the_app(config)
             path.write_text(config)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this script
