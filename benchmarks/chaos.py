@@ -37,7 +37,7 @@ import psutil
 
 from benchmarks import console
 from benchmarks.client import WORDS
-from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
+from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings, spawned
 from deployments.launch.environment import RUN_ID
 from deployments.launch.processes import members
 
@@ -183,26 +183,36 @@ class House:
                 continue
         return found
 
+    def routers(self) -> list[psutil.Process]:
+        return self.processes("ServeReplica:groundswell:Router")
+
+    def engines(self) -> list[psutil.Process]:
+        return self.processes("ServeReplica:groundswell:Engine")
+
+    def cores(self) -> list[psutil.Process]:
+        return [core for engine in self.engines() for core in spawned(engine)]
+
+    def workers(self) -> list[psutil.Process]:
+        return [worker for core in self.cores() for worker in spawned(core)]
+
     def victim(self, fault: str) -> tuple[psutil.Process, int, list[psutil.Process]]:
         """Choose whom a fault hits: the process, its signal, and all that end by it."""
-        part, number = {
-            "actor": ("ServeReplica:groundswell:Engine", signal.SIGKILL),
-            "core": ("VLLM::EngineCore", signal.SIGKILL),
-            "worker": ("VLLM::Worker", signal.SIGKILL),
-            "hang": ("VLLM::EngineCore", signal.SIGSTOP),
-            "silence": ("ServeReplica:groundswell:Engine", signal.SIGSTOP),
-            "router": ("ServeReplica:groundswell:Router", signal.SIGKILL),
+        candidates, number = {
+            "actor": (self.engines, signal.SIGKILL),
+            "core": (self.cores, signal.SIGKILL),
+            "worker": (self.workers, signal.SIGKILL),
+            "hang": (self.cores, signal.SIGSTOP),
+            "silence": (self.engines, signal.SIGSTOP),
+            "router": (self.routers, signal.SIGKILL),
         }[fault]
-        victim = self._rng.choice(self.processes(part))
+        victim = self._rng.choice(candidates())
         replicas = [each for each in victim.parents() if any("ServeReplica:" in word for word in each.cmdline())]
         return victim, number, [victim, *replicas]
 
     async def whole(self, since: float, victims: Sequence[psutil.Process] = ()) -> float:
         """Wait until those are gone and the Router knows all engines; return how long that took."""
         while time.monotonic() - since < BACK_WITHIN_S:
-            if all(map(is_gone, victims)) and await asyncio.to_thread(self._engines) == ENGINES == len(
-                self.processes("VLLM::EngineCore")
-            ):
+            if all(map(is_gone, victims)) and await asyncio.to_thread(self._engines) == ENGINES == len(self.cores()):
                 return time.monotonic() - since
             await asyncio.sleep(0.5)
         raise NotBack(f"not whole again within {BACK_WITHIN_S:.0f} s")

@@ -64,8 +64,18 @@ def new_run(run_id: str) -> Run:
 
 
 def members(run_id: str) -> list[psutil.Process]:
-    """Return the living processes of a run, without the caller."""
-    return [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_member(process, run_id)]
+    """Return the living processes of a run, without the caller.
+
+    Not by `psutil.process_iter`, which remembers processes and leaves out, twice, one that has the pid of another it
+    has seen before: pids come round soon where there are 32,768 of them, and each thread takes one.
+    """
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if pid != os.getpid() and _is_member(process, run_id):
+                found.append(process)
+    return found
 
 
 def stop(

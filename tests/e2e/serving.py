@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.servers import spawned
 from deployments.launch.environment import RUN_ID
 from deployments.launch.processes import members
 
@@ -119,6 +120,28 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 90) -> N
     while not condition():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
         time.sleep(0.2)
+
+
+def engines(served: Served) -> list[psutil.Process]:
+    """Return the Engine replicas."""
+    return named(served, "ServeReplica:groundswell:Engine")
+
+
+def cores(served: Served) -> list[psutil.Process]:
+    """Return the EngineCores."""
+    return [core for engine in engines(served) for core in _spawned(engine)]
+
+
+def workers(served: Served) -> list[psutil.Process]:
+    """Return the Workers."""
+    return [worker for core in cores(served) for worker in _spawned(core)]
+
+
+def _spawned(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return spawned(process)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def gone(processes: list[psutil.Process]) -> bool:

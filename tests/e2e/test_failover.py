@@ -22,14 +22,13 @@ import requests
 import yaml
 
 from models import tiny_random
-from tests.e2e.serving import ROOT, Served, gone, named, serving, wait_for
+from tests.e2e.serving import ROOT, Served, cores, engines, gone, serving, wait_for, workers
 
 LIMIT_S = 240
 STREAMS = 6
 TOKENS = 200
 BEGUN = 20
 PROMPTS = [f"{number} boats lie in the harbour and wait for the wind" for number in range(STREAMS + 1)]
-REPLICA, CORE, WORKER = "ServeReplica:groundswell:Engine", "VLLM::EngineCore", "VLLM::Worker"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Fleet:
     def wait_for_both(self) -> None:
         def both() -> bool:
             known = requests.get(f"{self.url}/health", timeout=30).json()["replicas"]["tiny"]
-            return bool(known == 2 == len(named(self.served, REPLICA)) == len(named(self.served, CORE)))
+            return bool(known == 2 == len(engines(self.served)) == len(cores(self.served)))
 
         wait_for(both, "both engines are there", LIMIT_S)
 
@@ -144,21 +143,21 @@ def undisturbed(fleet: Fleet) -> list[Answer]:
 
 
 @pytest.mark.parametrize(
-    ("victim", "by"),
+    ("victims", "by"),
     [
-        (REPLICA, signal.SIGKILL),
-        (CORE, signal.SIGKILL),
-        (WORKER, signal.SIGKILL),
-        (CORE, signal.SIGSTOP),  # it hangs, and its replica's heartbeats say so
-        (REPLICA, signal.SIGSTOP),  # no heartbeat any more
+        (engines, signal.SIGKILL),
+        (cores, signal.SIGKILL),
+        (workers, signal.SIGKILL),
+        (cores, signal.SIGSTOP),  # it hangs, and its replica's heartbeats say so
+        (engines, signal.SIGSTOP),  # no heartbeat any more
     ],
     ids=["replica", "engine-core", "worker", "hang", "silence"],
 )
 def test_an_engine_that_is_lost_in_mid_answer_costs_nobody_a_token(
-    fleet: Fleet, undisturbed: list[Answer], victim: str, by: signal.Signals
+    fleet: Fleet, undisturbed: list[Answer], victims: Callable[[Served], list[psutil.Process]], by: signal.Signals
 ) -> None:
     fleet.wait_for_both()
-    hit = named(fleet.served, victim)[0]
+    hit = victims(fleet.served)[0]
     try:
         assert fleet.answers(then=lambda: hit.send_signal(by)) == undisturbed
     finally:

@@ -344,6 +344,15 @@ class TestProcesses:
         assert processes.stop(run.run_id, grace_s=0.1)
         assert process.wait(1) == -signal.SIGKILL
 
+    def test_finds_one_whose_pid_was_anothers(self, run: processes.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        mine = self.start(run)
+        list(psutil.process_iter())
+        remembered = psutil.Process(mine.pid)
+        monkeypatch.setattr(remembered, "_ident", (mine.pid, 0.0))
+        monkeypatch.setitem(psutil._pmap, mine.pid, remembered)  # type: ignore[attr-defined]
+        for _ in range(2):
+            assert [member.pid for member in processes.members(run.run_id)] == [mine.pid]
+
     def test_finds_grandchildren_whose_parent_is_gone(self, run: processes.Run) -> None:
         code = "from subprocess import *; print(Popen(['sleep', '600'], start_new_session=True, stdout=DEVNULL).pid)"
         self.start(run, code).wait()

@@ -90,7 +90,9 @@ class House:
         inbox: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
 
         async def receive() -> Message:
-            return inbox.pop(0) if inbox else {"type": "http.disconnect"}
+            if not inbox:
+                await asyncio.Event().wait()
+            return inbox.pop(0)
 
         async def send(message: Message) -> None:
             sent.append(message)

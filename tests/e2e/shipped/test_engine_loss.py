@@ -6,7 +6,7 @@ from typing import Any
 
 import requests
 
-from tests.e2e.serving import Served, gone, named, wait_for
+from tests.e2e.serving import Served, cores, engines, gone, wait_for, workers
 
 REPLACED_WITHIN_S = 240
 ASK: dict[str, Any] = {
@@ -22,18 +22,16 @@ def answers(served: Served) -> bool:
 
 
 def test_vllms_processes_do_not_outlive_a_killed_replica_and_a_waiting_request_is_served(served: Served) -> None:
-    replica = named(served, "ServeReplica:groundswell:Engine")
-    engine = named(served, "VLLM::")
-    assert len(replica) == 1 and engine
+    replica, engine = engines(served), [*cores(served), *workers(served)]
+    assert (len(replica), len(engine)) == (1, 2)
     replica[0].kill()
     wait_for(lambda: gone(engine), "EngineCore and Worker are gone", 10)
     assert answers(served)
 
 
 def test_a_replica_whose_engine_core_died_is_replaced(served: Served) -> None:
-    replica = named(served, "ServeReplica:groundswell:Engine")
-    core = named(served, "VLLM::EngineCore")
-    assert len(core) == 1
+    replica, core = engines(served), cores(served)
+    assert (len(replica), len(core)) == (1, 1)
     core[0].kill()
     wait_for(lambda: gone(replica), "the replica has left", 20)
     assert answers(served)
