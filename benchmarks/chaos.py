@@ -37,9 +37,10 @@ import psutil
 
 from benchmarks import console
 from benchmarks.client import WORDS
-from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings, spawned
+from benchmarks.replicas import cores, engines, routers, workers
+from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
 from deployments.launch.environment import RUN_ID
-from deployments.launch.processes import members
+from deployments.launch.processes import is_alive
 
 ENGINES: Final = 2
 BACK_WITHIN_S: Final = 300.0
@@ -173,46 +174,26 @@ class House:
         ids = {p.environ().get(RUN_ID) for p in server.processes()} - {None}
         self.run_id = str(next(iter(ids)))
 
-    def processes(self, part: str) -> list[psutil.Process]:
-        found = []
-        for process in members(self.run_id):
-            try:
-                if part in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def routers(self) -> list[psutil.Process]:
-        return self.processes("ServeReplica:groundswell:Router")
-
-    def engines(self) -> list[psutil.Process]:
-        return self.processes("ServeReplica:groundswell:Engine")
-
-    def cores(self) -> list[psutil.Process]:
-        return [core for engine in self.engines() for core in spawned(engine)]
-
-    def workers(self) -> list[psutil.Process]:
-        return [worker for core in self.cores() for worker in spawned(core)]
-
     def victim(self, fault: str) -> tuple[psutil.Process, int, list[psutil.Process]]:
         """Choose whom a fault hits: the process, its signal, and all that end by it."""
         candidates, number = {
-            "actor": (self.engines, signal.SIGKILL),
-            "core": (self.cores, signal.SIGKILL),
-            "worker": (self.workers, signal.SIGKILL),
-            "hang": (self.cores, signal.SIGSTOP),
-            "silence": (self.engines, signal.SIGSTOP),
-            "router": (self.routers, signal.SIGKILL),
+            "actor": (engines, signal.SIGKILL),
+            "core": (cores, signal.SIGKILL),
+            "worker": (workers, signal.SIGKILL),
+            "hang": (cores, signal.SIGSTOP),
+            "silence": (engines, signal.SIGSTOP),
+            "router": (routers, signal.SIGKILL),
         }[fault]
-        victim = self._rng.choice(candidates())
+        victim = self._rng.choice(candidates(self.run_id))
         replicas = [each for each in victim.parents() if any("ServeReplica:" in word for word in each.cmdline())]
         return victim, number, [victim, *replicas]
 
     async def whole(self, since: float, victims: Sequence[psutil.Process] = ()) -> float:
         """Wait until those are gone and the Router knows all engines; return how long that took."""
         while time.monotonic() - since < BACK_WITHIN_S:
-            if all(map(is_gone, victims)) and await asyncio.to_thread(self._engines) == ENGINES == len(self.cores()):
+            if not any(map(is_alive, victims)) and await asyncio.to_thread(self._engines) == ENGINES == len(
+                cores(self.run_id)
+            ):
                 return time.monotonic() - since
             await asyncio.sleep(0.5)
         raise NotBack(f"not whole again within {BACK_WITHIN_S:.0f} s")
@@ -235,14 +216,6 @@ class House:
             ):
                 found[how[1]] += int(float(line.rsplit(" ", 1)[1]))
         return found
-
-
-def is_gone(process: psutil.Process) -> bool:
-    """Return whether a process has ended."""
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 class Strike:

@@ -237,16 +237,6 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def spawned(process: psutil.Process) -> list[psutil.Process]:
-    """Return the processes that vLLM has started from this one: of an Engine its EngineCore, of that its Workers."""
-    found = []
-    for child in process.children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "resource_tracker" not in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
-                found.append(child)
-    return found
-
-
 def make_model(path: Path) -> None:
     """Write the model that the benchmarks use, unless it is there."""
     script = ROOT / "models" / "tiny_random.py"

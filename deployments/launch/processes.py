@@ -95,7 +95,7 @@ def stop(
     begin = time.monotonic()
     asked: set[psutil.Process] = set()
     # A process that is dying has lost its environment already, but not yet its ports: hence also those we have asked.
-    while processes := {*members(run_id), *filter(_is_alive, asked)}:
+    while processes := {*members(run_id), *filter(is_alive, asked)}:
         waited_s = time.monotonic() - begin
         if waited_s > limit_s:
             return False
@@ -160,12 +160,12 @@ def state_folder() -> Path:
 
 def _is_member(process: psutil.Process, run_id: str) -> bool:
     try:
-        return process.environ().get(RUN_ID) == run_id and _is_alive(process)
+        return process.environ().get(RUN_ID) == run_id and is_alive(process)
     except (psutil.Error, OSError):  # gone, or somebody else's
         return False
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     """Return whether it runs: a zombie has let go of everything, and waits for whoever adopted it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.servers import spawned
 from deployments.launch.environment import RUN_ID
 from deployments.launch.processes import members
 
@@ -104,45 +103,8 @@ def serving(config: Path, state: Path) -> Iterator[Served]:
             process.kill()
 
 
-def named(served: Served, part: str) -> list[psutil.Process]:
-    found = []
-    for process in served.members():
-        try:
-            if part in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 90) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
         time.sleep(0.2)
-
-
-def engines(served: Served) -> list[psutil.Process]:
-    """Return the Engine replicas."""
-    return named(served, "ServeReplica:groundswell:Engine")
-
-
-def cores(served: Served) -> list[psutil.Process]:
-    """Return the EngineCores."""
-    return [core for engine in engines(served) for core in _spawned(engine)]
-
-
-def workers(served: Served) -> list[psutil.Process]:
-    """Return the Workers."""
-    return [worker for core in cores(served) for worker in _spawned(core)]
-
-
-def _spawned(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return spawned(process)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)

@@ -19,11 +19,11 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 import requests
 import yaml
 
+from benchmarks.replicas import replicas
 from models import tiny_random
 from tests.e2e.serving import ROOT, Served, serving
 
@@ -118,18 +118,6 @@ def settled(client: openai.OpenAI, store: str) -> Any:
     return client.vector_stores.retrieve(store)
 
 
-def replicas(app: Served, deployment: str) -> list[psutil.Process]:
-    """Return the processes of a deployment's replicas."""
-    found = []
-    for process in app.members():
-        try:
-            if f"ServeReplica:groundswell:{deployment}" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 @pytest.fixture(scope="module")
 def facts(client: openai.OpenAI) -> tuple[str, dict[str, str]]:
     """A store of four short documents, and their ids by name."""
@@ -184,7 +172,7 @@ def test_the_other_api_is_served_beside(client: openai.OpenAI) -> None:
 
 
 def test_what_is_acknowledged_is_found_by_every_replica(app: Served, base: str) -> None:
-    assert (len(replicas(app, "Router")), len(replicas(app, "Retriever"))) == (2, 2)
+    assert (len(replicas(app.run_id, "Router")), len(replicas(app.run_id, "Retriever"))) == (2, 2)
     for n in range(12):
         clients = [other_client(base) for _ in range(6)]
         store = clients[0].vector_stores.create(name=f"store {n}")
@@ -251,10 +239,10 @@ def test_200_megabytes_pass_through_without_filling_a_routers_memory(
     def watch() -> None:
         while not stop.wait(0.1):
             for name in ("Router", "Indexer"):
-                for process in replicas(app, name):
+                for process in replicas(app.run_id, name):
                     peak[name] = max(peak[name], process.memory_info().rss)
 
-    before = {name: max(p.memory_info().rss for p in replicas(app, name)) for name in ("Router", "Indexer")}
+    before = {name: max(p.memory_info().rss for p in replicas(app.run_id, name)) for name in ("Router", "Indexer")}
     watching = threading.Thread(target=watch)
     watching.start()
     try:
@@ -353,7 +341,7 @@ def test_after_kill_9_of_the_indexer_halfway_nothing_is_lost_or_doubled(
         return client.vector_stores.retrieve(store.id).file_counts.completed
 
     wait_for(lambda: completed() >= n // 5, "a part is indexed")
-    (indexer,) = replicas(app, "Indexer")
+    (indexer,) = replicas(app.run_id, "Indexer")
     indexer.send_signal(signal.SIGKILL)
     halfway = completed()
     assert halfway < n, "it was killed too late to show anything"

@@ -21,8 +21,10 @@ import pytest
 import requests
 import yaml
 
+from benchmarks.replicas import cores, engines, workers
+from deployments.launch.processes import is_alive
 from models import tiny_random
-from tests.e2e.serving import ROOT, Served, cores, engines, gone, serving, wait_for, workers
+from tests.e2e.serving import ROOT, Served, serving, wait_for
 
 LIMIT_S = 240
 STREAMS = 6
@@ -101,7 +103,7 @@ class Fleet:
     def wait_for_both(self) -> None:
         def both() -> bool:
             known = requests.get(f"{self.url}/health", timeout=30).json()["replicas"]["tiny"]
-            return bool(known == 2 == len(engines(self.served)) == len(cores(self.served)))
+            return bool(known == 2 == len(engines(self.served.run_id)) == len(cores(self.served.run_id)))
 
         wait_for(both, "both engines are there", LIMIT_S)
 
@@ -154,14 +156,14 @@ def undisturbed(fleet: Fleet) -> list[Answer]:
     ids=["replica", "engine-core", "worker", "hang", "silence"],
 )
 def test_an_engine_that_is_lost_in_mid_answer_costs_nobody_a_token(
-    fleet: Fleet, undisturbed: list[Answer], victims: Callable[[Served], list[psutil.Process]], by: signal.Signals
+    fleet: Fleet, undisturbed: list[Answer], victims: Callable[[str], list[psutil.Process]], by: signal.Signals
 ) -> None:
     fleet.wait_for_both()
-    hit = victims(fleet.served)[0]
+    hit = victims(fleet.served.run_id)[0]
     try:
         assert fleet.answers(then=lambda: hit.send_signal(by)) == undisturbed
     finally:
         if by == signal.SIGSTOP:
             with contextlib.suppress(psutil.NoSuchProcess):  # Serve may have replaced it by now
                 hit.kill()
-    wait_for(lambda: gone([hit]), "it has ended", 30)
+    wait_for(lambda: not is_alive(hit), "it has ended", 30)

@@ -5,7 +5,6 @@ The tiny model cites nobody by itself. Where a citation matters, structured outp
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
-import psutil
 import pytest
 import requests
 import yaml
 
+from benchmarks.replicas import replicas
 from deployments.grounding.layout import Passage, passage_id
 from models import tiny_random
 from tests.e2e.serving import ROOT, Served, serving
@@ -245,7 +244,7 @@ def test_many_clients_at_once_each_get_their_own_answer(base: str, store: str) -
 def test_without_any_retriever_a_request_fails_clearly_or_does_without_as_it_wants(
     app: Served, client: openai.OpenAI, store: str
 ) -> None:
-    for retriever in replicas(app, "Retriever"):
+    for retriever in replicas(app.run_id, "Retriever"):
         retriever.kill()
     without = {"tools": [tool(store, allow_without_documents=True)], "max_output_tokens": 4}
     with ThreadPoolExecutor(2) as pool:  # at once: new ones are on their way
@@ -263,13 +262,3 @@ def test_without_any_retriever_a_request_fails_clearly_or_does_without_as_it_wan
     while respond(client, store, **without).output[0].status == "failed":
         assert time.monotonic() - begin < RESTARTS_WITHIN_S, f"no Retriever within {RESTARTS_WITHIN_S} s"
     assert respond(client, store).output[0].results[0].filename == "tides.md"
-
-
-def replicas(app: Served, deployment: str) -> list[psutil.Process]:
-    """Return the processes of a deployment's replicas."""
-    found = []
-    for process in app.members():
-        with contextlib.suppress(psutil.Error):
-            if f"ServeReplica:groundswell:{deployment}" in " ".join(process.cmdline()):
-                found.append(process)
-    return found

@@ -9,7 +9,8 @@ from typing import Any
 
 import requests
 
-from tests.e2e.serving import named, wait_for
+from benchmarks.replicas import replicas
+from tests.e2e.serving import wait_for
 from tests.serve.conftest import ROUTERS, Stubs
 from tests.serve.test_fleet_of_stubs import events
 
@@ -33,7 +34,7 @@ def test_only_its_own_clients_lose_their_streams_and_engines_drop_its_requests(s
     streams = [events(answer) for answer in answers]
     for said in streams:
         next(said)
-    routers = named(stubs.served, "ServeReplica:stubs:Router")
+    routers = replicas(stubs.served.run_id, "Router", app="stubs")
     assert len(routers) == ROUTERS
     routers[0].kill()
     with ThreadPoolExecutor(STREAMS) as pool:
@@ -44,4 +45,4 @@ def test_only_its_own_clients_lose_their_streams_and_engines_drop_its_requests(s
     for answer in answers:
         answer.close()
     wait_for(lambda: stubs.running("pair") == 0, "all places are free again")
-    wait_for(lambda: len(named(stubs.served, "ServeReplica:stubs:Router")) == ROUTERS, "another Router starts")
+    wait_for(lambda: len(replicas(stubs.served.run_id, "Router", app="stubs")) == ROUTERS, "another Router starts")

@@ -6,7 +6,9 @@ from typing import Any
 
 import requests
 
-from tests.e2e.serving import Served, cores, engines, gone, wait_for, workers
+from benchmarks.replicas import cores, engines, workers
+from deployments.launch.processes import is_alive
+from tests.e2e.serving import Served, wait_for
 
 REPLACED_WITHIN_S = 240
 ASK: dict[str, Any] = {
@@ -22,16 +24,16 @@ def answers(served: Served) -> bool:
 
 
 def test_vllms_processes_do_not_outlive_a_killed_replica_and_a_waiting_request_is_served(served: Served) -> None:
-    replica, engine = engines(served), [*cores(served), *workers(served)]
+    replica, engine = engines(served.run_id), [*cores(served.run_id), *workers(served.run_id)]
     assert (len(replica), len(engine)) == (1, 2)
     replica[0].kill()
-    wait_for(lambda: gone(engine), "EngineCore and Worker are gone", 10)
+    wait_for(lambda: not any(map(is_alive, engine)), "EngineCore and Worker are gone", 10)
     assert answers(served)
 
 
 def test_a_replica_whose_engine_core_died_is_replaced(served: Served) -> None:
-    replica, core = engines(served), cores(served)
+    replica, core = engines(served.run_id), cores(served.run_id)
     assert (len(replica), len(core)) == (1, 1)
     core[0].kill()
-    wait_for(lambda: gone(replica), "the replica has left", 20)
+    wait_for(lambda: not any(map(is_alive, replica)), "the replica has left", 20)
     assert answers(served)
