@@ -9,16 +9,13 @@ from __future__ import annotations
 import codecs
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import IO, Final
-from xml.etree import ElementTree
+from typing import Final
 
 from deployments.retrieval.records import ErrorCode
 
-_MAX_DOCX_PART_BYTES: Final = 256 * 2**20
+_MAX_DOCX_PART_BYTES: Final = 32 * 2**20  # of XML; pictures are not looked at
 _OLE_MAGIC: Final = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _BOMS: Final = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -38,11 +35,9 @@ _BINARY: Final = {
     b"SQLite format 3": "a database",
 }
 
-_HIDDEN: Final = {"script", "style", "noscript", "template", "svg", "head", "iframe", "object", "select"}
-_BLOCKS: Final = {
-    *("p", "div", "section", "article", "header", "footer", "main", "nav", "aside", "ul", "ol", "dl", "dd", "dt"),
-    *("table", "blockquote", "figure", "figcaption", "form", "fieldset", "address", "details", "summary", "pre"),
-}
+_HIDDEN: Final = ("script", "style", "noscript", "template", "svg", "head", "iframe", "object", "select")
+_PLAIN: Final = ["a", "img", "b", "strong", "i", "em", "u"]  # of which the text is kept: it is to be found, not seen
+_DOCX_STYLES: Final = "p[style-name='Title'] => h1:fresh"
 
 
 class Unreadable(Exception):
@@ -75,7 +70,9 @@ def text_of(path: Path, filename: str, *, max_chars: int) -> str:
             raise Unreadable("invalid_file", "The file is named .pdf but is not a PDF.")
         text = _joined(_pdf(path), max_chars)
     elif head.startswith(b"PK\x03\x04") or suffix == ".docx":
-        text = _joined(_docx(path), max_chars)
+        text = _docx(path)
+        if len(text) > max_chars:
+            raise _too_long(max_chars)
     elif head.startswith(_OLE_MAGIC):
         raise Unreadable(
             "unsupported_file", "Old Word, Excel and PowerPoint files are not read: save it as .docx or PDF."
@@ -156,148 +153,52 @@ def _pdf(path: Path) -> Iterator[str]:
         raise Unreadable("invalid_file", f"The PDF is damaged and cannot be read ({type(error).__name__}).") from error
 
 
-def _docx(path: Path) -> Iterator[str]:
+def _docx(path: Path) -> str:
+    import mammoth
+
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "word/document.xml" not in names:
+            if "word/document.xml" not in archive.namelist():
                 raise Unreadable("unsupported_file", "The file is an archive, and not a .docx: upload what is in it.")
-            headings = _heading_styles(_part(archive, "word/styles.xml")) if "word/styles.xml" in names else {}
-            yield from _paragraphs(_part(archive, "word/document.xml"), headings)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ElementTree.ParseError) as error:
+            for part in archive.infolist():
+                if part.flag_bits & 1:
+                    raise Unreadable("unsupported_file", "The .docx is protected: save it without a password.")
+                if part.file_size > _MAX_DOCX_PART_BYTES:
+                    size = f"{part.file_size:,} bytes"
+                    raise Unreadable("invalid_file", f"The .docx unpacks to {size}, which is more than is read.")
+        with path.open("rb") as file:
+            page = mammoth.convert_to_html(file, style_map=_DOCX_STYLES, convert_image=lambda _: [])
+    except (Unreadable, MemoryError, RecursionError):
+        raise
+    except Exception as error:  # whatever a damaged archive or document makes of its readers
         raise Unreadable(
             "invalid_file", f"The .docx is damaged and cannot be read ({type(error).__name__})."
         ) from error
-
-
-def _part(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    info = archive.getinfo(name)
-    if info.flag_bits & 1:
-        raise Unreadable("unsupported_file", "The .docx is protected: save it without a password.")
-    if info.file_size > _MAX_DOCX_PART_BYTES:
-        raise Unreadable("invalid_file", f"The .docx unpacks to {info.file_size:,} bytes, which is more than is read.")
-    return archive.open(info)
-
-
-def _heading_styles(part: IO[bytes]) -> dict[str, int]:
-    """Return the level of each heading style by its id: ids are translated, names are not."""
-    levels: dict[str, int] = {}
-    style = ""
-    for event, element in ElementTree.iterparse(part, events=("start",)):
-        assert event == "start"
-        tag = _tag(element)
-        if tag == "style":
-            style = _attribute(element, "styleId")
-        elif tag == "name" and style:
-            name = _attribute(element, "val").lower()
-            if match := re.fullmatch(r"heading ([1-6])", name):
-                levels[style] = int(match[1])
-            elif name == "title":
-                levels[style] = 1
-    return levels
-
-
-def _paragraphs(part: IO[bytes], headings: dict[str, int]) -> Iterator[str]:
-    run: list[str] = []
-    cells: list[str] = []
-    level = depth = 0
-    bullet = False
-    for event, element in ElementTree.iterparse(part, events=("start", "end")):
-        tag = _tag(element)
-        if event == "start":
-            if tag == "p":
-                run, level, bullet = [], 0, False
-            elif tag == "pStyle":
-                level = headings.get(_attribute(element, "val"), 0)
-            elif tag == "numPr":
-                bullet = True
-            elif tag == "tbl":
-                depth += 1
-            continue
-        if tag == "t":
-            run.append(element.text or "")
-        elif tag in ("tab", "br", "cr"):
-            run.append("\t" if tag == "tab" else "\n")
-        elif tag == "p":
-            text = "".join(run).strip()
-            element.clear()
-            if depth:
-                cells.append(text)
-            elif text:
-                yield f"{'#' * level} {text}\n\n" if level else f"- {text}\n" if bullet else f"{text}\n\n"
-        elif tag == "tr":
-            yield " | ".join(cell for cell in cells if cell) + "\n"
-            cells = []
-            element.clear()
-        elif tag == "tbl":
-            depth -= 1
-            yield "\n"
-
-
-def _tag(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _attribute(element: ElementTree.Element, name: str) -> str:
-    return next((value for key, value in element.attrib.items() if key.rpartition("}")[2] == name), "")
+    return html_text(page.value)
 
 
 def html_text(html: str) -> str:
-    """Return what a reader of the page would read, headings and lists as in Markdown."""
-    page = _Page()
-    page.feed(html)
-    page.close()
-    return page.text()
+    """Return what a reader of the page would read, headings, lists and tables as in Markdown.
 
+    Raises:
+        Unreadable: It is nested too deeply.
+    """
+    from bs4 import BeautifulSoup
+    from markdownify import ATX, MarkdownConverter
 
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self._parts: list[str] = []
-        self._hidden: list[str] = []
-        self._pre = 0
-        self._fresh = True  # at the start of a line
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _HIDDEN:
-            self._hidden.append(tag)
-        elif tag == "body":  # a head that was never closed
-            self._hidden.clear()
-        elif re.fullmatch("h[1-6]", tag):
-            self._break(2, "#" * int(tag[1]) + " ")
-        elif tag == "li":
-            self._break(1, "- ")
-        elif tag in ("br", "tr", "hr"):
-            self._break(1)
-        elif tag in ("td", "th") and not self._fresh:
-            self._parts.append(" | ")
-        elif tag in _BLOCKS:
-            self._break(2)
-        self._pre += tag == "pre"
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self._hidden:
-            while self._hidden.pop() != tag:
-                pass
-        elif re.fullmatch("h[1-6]", tag) or tag in _BLOCKS:
-            self._break(2)
-        self._pre = max(0, self._pre - (tag == "pre"))
-
-    def handle_data(self, data: str) -> None:
-        if self._hidden:
-            return
-        if not self._pre:
-            data = re.sub(r"\s+", " ", data)
-            data = data.lstrip() if self._fresh else data
-        if data:
-            self._parts.append(data)
-            self._fresh = False
-
-    def _break(self, lines: int, then: str = "") -> None:
-        if not self._hidden:
-            self._parts.append("\n" * lines + then)
-            self._fresh = True
-
-    def text(self) -> str:
-        text = re.sub(r"[ \t]+\n", "\n", "".join(self._parts))
-        return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    try:
+        page = BeautifulSoup(html, "lxml")
+        for hidden in page(_HIDDEN):
+            hidden.decompose()
+        convert = MarkdownConverter(
+            heading_style=ATX,
+            bullets="-",
+            strip=_PLAIN,
+            table_infer_header=True,
+            escape_asterisks=False,
+            escape_underscores=False,
+            escape_misc=False,
+        )
+        return f"{convert.convert_soup(page).strip()}\n"
+    except RecursionError:
+        raise Unreadable("invalid_file", "The page is nested too deeply to be read.") from None

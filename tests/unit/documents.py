@@ -30,11 +30,18 @@ def pdf(pages: list[str]) -> bytes:
     return bytes(out)
 
 
+_LIST_ITEM = '<w:numPr><w:ilvl w:val="0"/><w:numId w:val="1"/></w:numPr>'
+_BULLETS = (
+    '<w:abstractNum w:abstractNumId="0"><w:lvl w:ilvl="0"><w:numFmt w:val="bullet"/></w:lvl></w:abstractNum>'
+    '<w:num w:numId="1"><w:abstractNumId w:val="0"/></w:num>'
+)
+
+
 def docx(paragraphs: list[tuple[str, str]], table: list[list[str]] | None = None) -> bytes:
     """Return a .docx of (style id, text) paragraphs; the style "list" makes a list item."""
     body = []
     for style, text in paragraphs:
-        properties = "<w:numPr/>" if style == "list" else f'<w:pStyle w:val="{style}"/>' if style else ""
+        properties = _LIST_ITEM if style == "list" else f'<w:pStyle w:val="{style}"/>' if style else ""
         half = len(text) // 2
         runs = "".join(f'<w:r><w:t xml:space="preserve">{part}</w:t></w:r>' for part in (text[:half], text[half:]))
         body.append(f"<w:p><w:pPr>{properties}</w:pPr>{runs}</w:p>")
@@ -44,10 +51,11 @@ def docx(paragraphs: list[tuple[str, str]], table: list[list[str]] | None = None
     if table:
         body[len(paragraphs) :] = ["<w:tbl>", *body[len(paragraphs) :], "</w:tbl>"]
     namespace = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
-    styles = '<w:style w:styleId="berschrift1"><w:name w:val="heading 1"/></w:style>'
+    styles = '<w:style w:type="paragraph" w:styleId="berschrift1"><w:name w:val="heading 1"/></w:style>'
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("word/styles.xml", f"<w:styles {namespace}>{styles}</w:styles>")
+        archive.writestr("word/numbering.xml", f"<w:numbering {namespace}>{_BULLETS}</w:numbering>")
         archive.writestr("word/document.xml", f"<w:document {namespace}><w:body>{''.join(body)}</w:body></w:document>")
     return out.getvalue()
 

@@ -50,8 +50,8 @@ def test_html_is_what_a_reader_reads(tmp_path: Path) -> None:
       <table><tr><th>a<th>b<tr><td>1<td>2</table><pre>x
   y</pre></body></html>"""
     text = read(tmp_path, page, "page.bin")
-    assert text.startswith("# Fish & chips\n\nOne bold line.\n\n- salt\n- vinegar\n\n")
-    assert "a | b\n1 | 2" in text
+    assert text.startswith("# Fish & chips\n\nOne bold\nline.\n\n- salt\n- vinegar\n\n")
+    assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text
     assert "alert" not in text
     assert "{" not in text
 
@@ -66,13 +66,20 @@ def test_broken_html_loses_no_text() -> None:
     ]
 
 
+def test_a_page_nested_without_end_is_refused() -> None:
+    with pytest.raises(Unreadable, match="nested too deeply"):
+        html_text("<div>" * 50_000 + "deep")
+
+
 def test_pdf_text_is_read_page_by_page(tmp_path: Path) -> None:
     assert read(tmp_path, pdf(["First page.", "Second page."]), "a.pdf") == "First page.\n\nSecond page.\n\n"
 
 
 def test_docx_headings_lists_and_tables_are_read_in_any_language(tmp_path: Path) -> None:
     data = docx([("berschrift1", "Titel"), ("", "Ein Absatz."), ("list", "Punkt")], [["a", "b"], ["1", "2"]])
-    assert read(tmp_path, data, "a.docx") == "# Titel\n\nEin Absatz.\n\n- Punkt\na | b\n1 | 2\n\n"
+    assert read(tmp_path, data, "a.docx") == (
+        "# Titel\n\nEin Absatz.\n\n- Punkt\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    )
 
 
 def test_content_decides_over_the_name(tmp_path: Path) -> None:
