@@ -1,4 +1,5 @@
-"""`groundswell`: `serve` a config on this machine, make an API `key`; `ingest`, `search`, `ask`: use a running server.
+"""`groundswell`: `serve` a config on this machine, make an API `key`, print a cluster node's `environment`; `ingest`,
+`search`, `ask`: use a running server.
 
 Exit codes: 0 after Ctrl-C or when all went well, 1 with one sentence on stderr if it did not, 2 for wrong usage.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from deployments import documents_cli
 from deployments.access import keys
 from deployments.errors import ConfigError
-from deployments.launch import preflight, supervisor
+from deployments.launch import environment, preflight, supervisor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +35,11 @@ def _serve(options: argparse.Namespace) -> None:
     supervisor.clean_up()
     needs_key = check(config)
     supervisor.serve(config, needs_key=needs_key, dashboard=options.dashboard, verbose=options.verbose)
+
+
+def _print_environment(options: argparse.Namespace) -> None:
+    """Print what each node of a cluster sets before `ray start`."""
+    print(environment.as_exports(environment.on_a_cluster(Path(sys.executable).parent)))
 
 
 def _new_key(options: argparse.Namespace) -> None:
@@ -94,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--verbose", action="store_true", help="show the logs of all processes")
     serve.set_defaults(run=_serve)
     documents_cli.add_commands(commands)
+    variables = commands.add_parser("environment", help="print what a cluster's node sets before `ray start`")
+    variables.set_defaults(run=_print_environment)
     key = commands.add_parser("key", help="make an API key").add_subparsers(required=True, metavar="COMMAND")
     new = key.add_parser("new", help="print a new key, and the hash that the server keeps of it")
     new.add_argument("--name", required=True, type=_name, help="whose it is; one name may have several keys")
