@@ -44,7 +44,9 @@ def assemble(config: AppConfig, engine: type) -> Application:
     from deployments.seam.args import model_names, parse_args
 
     if configured(config.router, os.environ):
-        config = _sharing_fairly(config)
+        config = _by_default(config, scheduling_policy="priority")  # which Routers stamp fair shares with
+    if config.tracing is not None:
+        config = _by_default(config, otlp_traces_endpoint=config.tracing.otlp_endpoint)
     parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
     config.check_assistants([name for args in parsed.values() for name in model_names(args)])
     engines = {model.name: _engine(engine, model, config, parsed[model.name]) for model in config.models}
@@ -54,15 +56,15 @@ def assemble(config: AppConfig, engine: type) -> Application:
     return serve.deployment(ingress, name=ROUTER_NAME, **options).bind(config, engines, documents)
 
 
-def _sharing_fairly(config: AppConfig) -> AppConfig:
-    """Have engines schedule by priority, which Routers stamp fair shares with, unless their model says how."""
+def _by_default(config: AppConfig, **engine_args: Any) -> AppConfig:
+    """Give each model's engines these arguments, unless it has its own."""
 
-    def fair(model: ModelConfig) -> ModelConfig:
+    def with_them(model: ModelConfig) -> ModelConfig:
         given = {key.replace("-", "_") for key in model.engine_args}
-        policy = {} if "scheduling_policy" in given else {"scheduling_policy": "priority"}
-        return model.model_copy(update={"engine_args": {**model.engine_args, **policy}})
+        missing = {key: value for key, value in engine_args.items() if key not in given}
+        return model.model_copy(update={"engine_args": {**model.engine_args, **missing}})
 
-    return config.model_copy(update={"models": tuple(fair(model) for model in config.models)})
+    return config.model_copy(update={"models": tuple(with_them(model) for model in config.models)})
 
 
 def _documents(config: AppConfig, engines: dict[str, Application]) -> tuple[Application, Application]:
@@ -79,7 +81,9 @@ def _documents(config: AppConfig, engines: dict[str, Application]) -> tuple[Appl
         documents, reader, embedder
     )
     options = _deployment_options(_retriever_defaults(), documents.retriever)
-    retriever = serve.deployment(Retriever, name=RETRIEVER_NAME, **options).bind(documents, indexer, embedder, reranker)
+    retriever = serve.deployment(Retriever, name=RETRIEVER_NAME, **options).bind(
+        documents, indexer, embedder, reranker, config.tracing
+    )
     return indexer, retriever
 
 

@@ -213,6 +213,15 @@ class DocumentsConfig(_Frozen):
         return self
 
 
+class TracingConfig(_Frozen):
+    """Where spans go. See `deployments.tracing`."""
+
+    otlp_endpoint: str = Field(min_length=1, description="Of an OpenTelemetry collector, `http://host:4317` for gRPC.")
+    sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of requests that are traced, of those whose client has not decided it."
+    )
+
+
 class AppConfig(_Frozen):
     """Everything under `args` in `serve_config.yaml`."""
 
@@ -221,6 +230,7 @@ class AppConfig(_Frozen):
     router: RouterConfig = RouterConfig()
     grounding: GroundingConfig = GroundingConfig()
     documents: DocumentsConfig | None = Field(None, description="Without it, there are no files and vector stores.")
+    tracing: TracingConfig | None = Field(None, description="OpenTelemetry spans. None without it.")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> AppConfig:
