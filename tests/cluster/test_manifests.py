@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,16 @@ class TestManifests:
     def test_kustomize_applies_what_is_there_but_secrets_and_jobs(self) -> None:
         resources = {Path(name).stem for name in documents(KUBERAY / "kustomization.yaml")[0]["resources"]}
         assert resources == set(MANIFESTS) - {"secrets.example", "fetch-model"}
+
+    @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl")
+    def test_what_kustomize_makes_of_them_is_taken_whole_and_has_images_of_a_registry(self) -> None:
+        made = subprocess.run(["kubectl", "kustomize", str(KUBERAY)], capture_output=True, text=True, timeout=60)
+        assert made.returncode == 0, made.stderr
+        objects = [document for document in yaml.safe_load_all(made.stdout) if document]
+        assert [found for manifest in objects for found in mistakes(manifest)] == []
+        assert {m["metadata"].get("namespace") for m in objects if m["kind"] != "Namespace"} == {"groundswell"}
+        images = set(re.findall(r"image: (\S+)", made.stdout))
+        assert images == {"redis:7.2", *(f"registry.example.com/groundswell:0.1.0-{kind}" for kind in ("cpu", "gpu"))}
 
     def test_the_ray_cluster_is_one_by_itself_as_well(self) -> None:
         assert schema_mistakes(rayservice()["spec"]["rayClusterConfig"], crd("RayCluster")["properties"]["spec"]) == []
