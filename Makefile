@@ -34,7 +34,7 @@ INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(ACCELERATOR)
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_TORCH)
 
-.PHONY: help serve install test check bench chaos clean
+.PHONY: help serve install test check bench chaos ramp clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is.
@@ -45,8 +45,9 @@ serve: $(INSTALLED) ## Serve CONFIG (serve_config.yaml) on this machine until Ct
 
 install: $(INSTALLED) ## Install what `make serve` needs into .venv.
 
-test: check ## Check, then test: units, Ray with a stub engine, the whole with vLLM.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit tests/serve tests/e2e
+test: check ## Check, then test: units, cluster files, Ray with a stub engine, the whole with vLLM.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit tests/cluster/test_manifests.py tests/cluster/test_monitoring.py \
+	  tests/serve tests/e2e
 
 check: $(INSTALLED_DEV) ## Lint, format, types (strict, see pyproject.toml) and the direction of imports.
 	$(BIN)/ruff check .
@@ -59,6 +60,9 @@ bench: $(INSTALLED) ## Compare with other servers on this machine, over HTTP.
 
 chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare what clients got. QUICK=1: each fault once.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos $(if $(QUICK),--quick)
+
+ramp: $(INSTALLED_DEV) ## Have engines follow a load that rises and falls, from none and back: a table and a plot.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ramp
 
 clean: ## Remove the environment, caches and the model that `make serve` wrote.
 	rm -rf $(VENV) models/tiny-random .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info

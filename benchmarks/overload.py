@@ -51,6 +51,21 @@ class Options:
     times: float = 4.0
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request.
+
+    Attributes:
+        ttft_s: To the first text, of one that was let in and came back whole.
+        retry_after_s: What it heard that was not let in.
+        broken: What else went wrong.
+    """
+
+    ttft_s: float | None = None
+    retry_after_s: float | None = None
+    broken: str | None = None
+
+
 @dataclass
 class Phase:
     """What came of one phase.
@@ -79,6 +94,16 @@ class Phase:
     @property
     def rejected(self) -> float:
         return len(self.retry_after_s) / self.sent if self.sent else 0.0
+
+    def count(self, answer: Answer, tokens: int) -> None:
+        """Add a request's answer, of `tokens` tokens if it is one."""
+        if answer.ttft_s is not None:
+            self.ttft_s.append(answer.ttft_s)
+            self.tokens += tokens
+        elif answer.retry_after_s is not None:
+            self.retry_after_s.append(answer.retry_after_s)
+        else:
+            self.broken[str(answer.broken)] += 1
 
 
 async def measure(options: Options, say: Callable[[str], None]) -> dict[str, Phase]:
@@ -124,23 +149,27 @@ async def _phase(session: aiohttp.ClientSession, options: Options, rate: float) 
 
 
 async def _send(session: aiohttp.ClientSession, options: Options, seed: str, phase: Phase) -> None:
+    phase.sent += 1
+    phase.count(await send(session, options.url, options.model, options.tokens, seed), options.tokens)
+
+
+async def send(session: aiohttp.ClientSession, url: str, model: str, tokens: int, seed: str) -> Answer:
+    """Ask for a streamed answer of exactly `tokens` tokens, with a prompt that `seed` draws."""
     body = {
-        "model": options.model,
+        "model": model,
         "messages": [{"role": "user", "content": " ".join(random.Random(seed).choices(WORDS, k=40))}],
-        "max_tokens": options.tokens,
-        "min_tokens": options.tokens,
+        "max_tokens": tokens,
+        "min_tokens": tokens,
         "ignore_eos": True,
         "stream": True,
     }
-    phase.sent += 1
     started = time.perf_counter()
     first, last = 0.0, b""
     try:
-        async with session.post(f"{options.url}/v1/chat/completions", json=body) as response:
+        async with session.post(f"{url}/v1/chat/completions", json=body) as response:
             if response.status == 429:
                 await response.read()
-                phase.retry_after_s.append(float(response.headers["retry-after"]))
-                return
+                return Answer(retry_after_s=float(response.headers["retry-after"]))
             if response.status != 200:
                 raise ValueError(f"HTTP {response.status}")
             async for line in response.content:
@@ -151,10 +180,8 @@ async def _send(session: aiohttp.ClientSession, options: Options, seed: str, pha
         if last.strip() != b"data: [DONE]" or not first:
             raise ValueError(f"the stream ended with {last[:80]!r}")
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, OSError) as error:
-        phase.broken[f"{type(error).__name__}: {error}"[:120]] += 1
-        return
-    phase.ttft_s.append(first - started)
-    phase.tokens += options.tokens
+        return Answer(broken=f"{type(error).__name__}: {error}"[:120])
+    return Answer(ttft_s=first - started)
 
 
 def percentile(values: list[float], share: float) -> float:

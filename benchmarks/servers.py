@@ -164,9 +164,11 @@ class Groundswell(Server):
         settings: Of its engine.
         folder: For its log and configuration.
         further_models: Models beside the first, which start no engine unless they are asked.
-        engines: Replicas of the first; on a GPU they share it.
+        engines: Replicas of the first, at most if it scales; on a GPU they share it.
         fleet: Bounds and timeouts other than the defaults.
         router: More of the Router's configuration.
+        autoscaling: Has the first model scale, with these of Serve's options.
+        scaling: The first model's `scaling`.
     """
 
     name = "groundswell"
@@ -180,9 +182,12 @@ class Groundswell(Server):
         engines: int = 1,
         fleet: Mapping[str, float] | None = None,
         router: Mapping[str, Any] | None = None,
+        autoscaling: Mapping[str, Any] | None = None,
+        scaling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(settings, folder)
         self._further_models, self._engines = further_models, engines
+        self._autoscaling, self._scaling = autoscaling, scaling
         self._router = {"fleet": dict(fleet or {}), **(router or {})}
 
     def command(self, port: int) -> list[str]:
@@ -190,9 +195,10 @@ class Groundswell(Server):
             "name": MODEL_NAME,
             "engine_args": dict(self.settings.engine_args),
             "env": dict(self.settings.environment),
-            "deployment": {"num_replicas": self._engines, **self._share_of_gpu()},
+            "deployment": {**self._how_many(), **self._share_of_gpu()},
+            "scaling": self._scaling,
         }
-        asleep = {"deployment": {"autoscaling_config": {"min_replicas": 0, "max_replicas": 1}}}
+        asleep = {"scaling": None, "deployment": {"autoscaling_config": {"min_replicas": 0, "max_replicas": 1}}}
         others = [
             {**model, **asleep, "name": name, "engine_args": {**self.settings.engine_args, "served_model_name": name}}
             for name in (f"{MODEL_NAME}-{i}" for i in range(self._further_models))
@@ -207,6 +213,16 @@ class Groundswell(Server):
         path = self.folder / "groundswell.yaml"
         path.write_text(json.dumps(config, indent=2))  # JSON is YAML
         return [sys.executable, "-m", "deployments.cli", "serve", str(path), "--port", str(port)]
+
+    @property
+    def log(self) -> Path:
+        """Return the file with what it prints: among it, the replicas that run and should, whenever that changes."""
+        return self.folder / f"{self.name}.log"
+
+    def _how_many(self) -> dict[str, Any]:
+        if self._autoscaling is None:
+            return {"num_replicas": self._engines}
+        return {"autoscaling_config": {"max_replicas": self._engines, **self._autoscaling}}
 
     def _share_of_gpu(self) -> dict[str, Any]:
         if self._engines == 1 or not has_cuda_build():

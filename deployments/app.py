@@ -22,6 +22,9 @@ from deployments.router import Router
 
 LONGEST_STREAM_S: Final = 600.0
 """What draining waits for. Raise `graceful_shutdown_timeout_s` if streams of yours last longer."""
+POLICY: Final = "deployments.fleet.autoscaling:AutoscalingPolicy"
+METRICS_INTERVAL_S: Final = 1.0
+"""How often Routers report their load. Serve 2.60 reads it here alone, and its own 10 s are longer than the delays."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -41,7 +44,9 @@ def assemble(config: AppConfig, engine: type) -> Application:
     from deployments.seam.args import model_names, parse_args
 
     if configured(config.router, os.environ):
-        config = _sharing_fairly(config)
+        config = _by_default(config, scheduling_policy="priority")  # which Routers stamp fair shares with
+    if config.tracing is not None:
+        config = _by_default(config, otlp_traces_endpoint=config.tracing.otlp_endpoint)
     parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
     config.check_assistants([name for args in parsed.values() for name in model_names(args)])
     engines = {model.name: _engine(engine, model, config, parsed[model.name]) for model in config.models}
@@ -51,15 +56,15 @@ def assemble(config: AppConfig, engine: type) -> Application:
     return serve.deployment(ingress, name=ROUTER_NAME, **options).bind(config, engines, documents)
 
 
-def _sharing_fairly(config: AppConfig) -> AppConfig:
-    """Have engines schedule by priority, which Routers stamp fair shares with, unless their model says how."""
+def _by_default(config: AppConfig, **engine_args: Any) -> AppConfig:
+    """Give each model's engines these arguments, unless it has its own."""
 
-    def fair(model: ModelConfig) -> ModelConfig:
+    def with_them(model: ModelConfig) -> ModelConfig:
         given = {key.replace("-", "_") for key in model.engine_args}
-        policy = {} if "scheduling_policy" in given else {"scheduling_policy": "priority"}
-        return model.model_copy(update={"engine_args": {**model.engine_args, **policy}})
+        missing = {key: value for key, value in engine_args.items() if key not in given}
+        return model.model_copy(update={"engine_args": {**model.engine_args, **missing}})
 
-    return config.model_copy(update={"models": tuple(fair(model) for model in config.models)})
+    return config.model_copy(update={"models": tuple(with_them(model) for model in config.models)})
 
 
 def _documents(config: AppConfig, engines: dict[str, Application]) -> tuple[Application, Application]:
@@ -76,7 +81,9 @@ def _documents(config: AppConfig, engines: dict[str, Application]) -> tuple[Appl
         documents, reader, embedder
     )
     options = _deployment_options(_retriever_defaults(), documents.retriever)
-    retriever = serve.deployment(Retriever, name=RETRIEVER_NAME, **options).bind(documents, indexer, embedder, reranker)
+    retriever = serve.deployment(Retriever, name=RETRIEVER_NAME, **options).bind(
+        documents, indexer, embedder, reranker, config.tracing
+    )
     return indexer, retriever
 
 
@@ -106,6 +113,7 @@ def _retriever_defaults() -> dict[str, Any]:
             "upscale_delay_s": 2,
             "downscale_delay_s": 60,
             "look_back_period_s": 3,
+            "metrics_interval_s": METRICS_INTERVAL_S,
         },
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
@@ -138,6 +146,7 @@ def _router_defaults() -> dict[str, Any]:
             "upscale_delay_s": 5,
             "downscale_delay_s": 120,
             "look_back_period_s": 5,
+            "metrics_interval_s": METRICS_INTERVAL_S,
         },
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
@@ -147,8 +156,48 @@ def _router_defaults() -> dict[str, Any]:
 
 
 def _engine(engine: type, model: ModelConfig, config: AppConfig, args: Namespace) -> Application:
-    options = _deployment_options(engine_defaults(args, gpu=_has_cuda_build()), model.deployment)
+    options = engine_options(model, args, gpu=_has_cuda_build())
     return serve.deployment(engine, name=model.deployment_name, **options).bind(model, config.router.fleet)
+
+
+def engine_options(model: ModelConfig, args: Namespace, *, gpu: bool) -> dict[str, Any]:
+    """Return the Serve options of a model's Engine deployment.
+
+    Args:
+        model: With the user's own options, which win.
+        args: The model's parsed arguments.
+        gpu: Whether the vLLM installed here runs on GPUs. Where the app is built on a node without, a model says so by
+            its `num_gpus` or its placement group.
+
+    Raises:
+        ConfigError: Options that contradict each other.
+    """
+    given = model.deployment
+    gpu = gpu or given.get("ray_actor_options", {}).get("num_gpus", 0) > 0 or "placement_group_bundles" in given
+    options = _deployment_options(engine_defaults(args, gpu=gpu), given)
+    if "placement_group_bundles" in options and "placement_group_bundles" not in given:
+        _fit_the_group_to_its_actor(options)
+    if "placement_group_bundles" in options and options.get("max_replicas_per_node") is not None:
+        raise ConfigError(f"model {model.name!r}: Serve takes no `max_replicas_per_node` with a placement group")
+    if model.scaling is not None:
+        if "autoscaling_config" not in options:
+            raise ConfigError(f"model {model.name!r}: `scaling` needs an `autoscaling_config`, not `num_replicas`")
+        if "policy" in options["autoscaling_config"]:
+            raise ConfigError(f"model {model.name!r}: `scaling` is a policy already; give one or the other")
+        policy = {"policy_function": POLICY, "policy_kwargs": model.scaling.model_dump(exclude_none=True)}
+        options["autoscaling_config"] = {**options["autoscaling_config"], "policy": policy}
+    return options
+
+
+def _fit_the_group_to_its_actor(options: dict[str, Any]) -> None:
+    """Have the first bundle hold the replica's own actor, and the whole group stand where that may."""
+    actor = dict(options["ray_actor_options"])
+    first, *others = options["placement_group_bundles"]
+    options["placement_group_bundles"] = [{**first, "CPU": actor["num_cpus"]}, *others]
+    selector = actor.pop("label_selector", None)
+    if selector is not None:
+        options.setdefault("placement_group_bundle_label_selector", [selector])
+    options["ray_actor_options"] = actor
 
 
 def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
@@ -156,12 +205,11 @@ def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
 
     Args:
         args: The model's parsed arguments.
-        gpu: Whether engines run on GPUs here.
+        gpu: Whether its engines run on GPUs.
     """
     max_num_seqs = args.max_num_seqs
-    gpus = args.tensor_parallel_size * args.pipeline_parallel_size
     return {
-        "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus} if gpu else {"num_cpus": 0.5},
+        **_where(args, gpu=gpu),
         # An engine's batch, and a little to draw from; the rest waits in the Router, where new replicas can take it.
         "max_ongoing_requests": max_num_seqs + max(4, max_num_seqs // 8),
         # One new replica, or a quarter of them, before an old one goes. Where no GPU is spare this must be 0.
@@ -173,6 +221,7 @@ def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
             "upscale_delay_s": 2,
             "downscale_delay_s": 60,
             "look_back_period_s": 3,
+            "metrics_interval_s": METRICS_INTERVAL_S,
         },
         "request_router_config": RequestRouterConfig(
             request_router_class="deployments.fleet.request_router:FleetRequestRouter",
@@ -184,6 +233,25 @@ def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": LONGEST_STREAM_S,
         "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _where(args: Namespace, *, gpu: bool) -> dict[str, Any]:
+    """Return what one engine takes of the cluster, and how near its parts must be to each other.
+
+    By itself an engine is one actor with all its GPUs, hence on one node, and its workers are its own processes. With
+    `distributed_executor_backend: ray` its workers are Ray actors in a placement group of one GPU each: on one node
+    while there is tensor parallelism alone, and packed onto as few as hold it where there is a pipeline.
+    """
+    gpus = args.tensor_parallel_size * args.pipeline_parallel_size
+    if not gpu:
+        return {"ray_actor_options": {"num_cpus": 0.5}}
+    if args.distributed_executor_backend != "ray":
+        return {"ray_actor_options": {"num_cpus": 1, "num_gpus": gpus}}
+    return {
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": 0},
+        "placement_group_bundles": [{"CPU": 1, "GPU": 1}, *({"GPU": 1} for _ in range(gpus - 1))],
+        "placement_group_strategy": "PACK" if args.pipeline_parallel_size > 1 else "STRICT_PACK",
     }
 
 

@@ -1,4 +1,5 @@
-"""`groundswell`: `serve` a config on this machine, make an API `key`; `ingest`, `search`, `ask`: use a running server.
+"""`groundswell`: `serve` a config on this machine, make an API `key`, print a cluster node's `environment`, `backup`
+the documents; `ingest`, `search`, `ask`: use a running server.
 
 Exit codes: 0 after Ctrl-C or when all went well, 1 with one sentence on stderr if it did not, 2 for wrong usage.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from deployments import documents_cli
 from deployments.access import keys
 from deployments.errors import ConfigError
-from deployments.launch import preflight, supervisor
+from deployments.launch import environment, preflight, supervisor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +35,22 @@ def _serve(options: argparse.Namespace) -> None:
     supervisor.clean_up()
     needs_key = check(config)
     supervisor.serve(config, needs_key=needs_key, dashboard=options.dashboard, verbose=options.verbose)
+
+
+def _print_environment(options: argparse.Namespace) -> None:
+    """Print what each node of a cluster sets before `ray start`."""
+    print(environment.as_exports(environment.on_a_cluster(Path(sys.executable).parent)))
+
+
+def _back_up(options: argparse.Namespace) -> None:
+    """Copy a document store, which may be in use."""
+    from deployments.retrieval.backup import BackupFailed, back_up
+
+    given = dict(options.storage_option)
+    try:
+        back_up(options.source, options.target, source_options=given, target_options=given, say=print)
+    except BackupFailed as problem:
+        raise OSError(str(problem)) from None
 
 
 def _new_key(options: argparse.Namespace) -> None:
@@ -94,12 +111,33 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--verbose", action="store_true", help="show the logs of all processes")
     serve.set_defaults(run=_serve)
     documents_cli.add_commands(commands)
+    variables = commands.add_parser("environment", help="print what a cluster's node sets before `ray start`")
+    variables.set_defaults(run=_print_environment)
+    backup = commands.add_parser("backup", help="copy a document store, which may be in use, to a new place")
+    backup.add_argument("source", help="`documents.uri`: a folder, or s3://bucket/prefix")
+    backup.add_argument("target", help="likewise; nothing may be there yet")
+    backup.add_argument(
+        "--storage-option",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="as in `documents.storage_options`; what is missing comes from the environment",
+    )
+    backup.set_defaults(run=_back_up)
     key = commands.add_parser("key", help="make an API key").add_subparsers(required=True, metavar="COMMAND")
     new = key.add_parser("new", help="print a new key, and the hash that the server keeps of it")
     new.add_argument("--name", required=True, type=_name, help="whose it is; one name may have several keys")
     new.add_argument("--file", type=Path, help="key file (JSON, YAML, TOML) to add the hash to")
     new.set_defaults(run=_new_key)
     return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError("NAME=VALUE")
+    return name, value
 
 
 def _name(text: str) -> str:

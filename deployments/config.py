@@ -125,6 +125,23 @@ class AssistantConfig(_Frozen):
     allow_without_documents: bool = False
 
 
+class ScalingConfig(_Frozen):
+    """Engines by how long requests wait, beside how many there are: `deployments.fleet.autoscaling`."""
+
+    ttft_target_s: float | None = Field(
+        None, gt=0, description="Nine of ten requests should have their first token by then."
+    )
+    queued_prompt_tokens: int | None = Field(
+        None, ge=1, description="Prompt tokens that may wait for their first token, for each engine."
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ScalingConfig:
+        if self.ttft_target_s is None and self.queued_prompt_tokens is None:
+            raise ValueError("give ttft_target_s, queued_prompt_tokens or both")
+        return self
+
+
 class ModelConfig(_Frozen):
     """One model and the engines that serve it.
 
@@ -134,6 +151,7 @@ class ModelConfig(_Frozen):
         frontend_args: vLLM's front-end options: chat template, tool and reasoning parsers, LoRA modules, …
         deployment: Serve options of this model's Engine deployment, merged over our defaults.
         env: Environment variables of the engine's processes.
+        scaling: Targets beyond ongoing requests, by which engines are added.
     """
 
     name: str = Field(min_length=1, max_length=200)
@@ -141,6 +159,7 @@ class ModelConfig(_Frozen):
     frontend_args: dict[str, Any] = {}
     deployment: dict[str, Any] = {}
     env: dict[str, str] = {}
+    scaling: ScalingConfig | None = None
 
     @field_validator("engine_args")
     @classmethod
@@ -194,6 +213,15 @@ class DocumentsConfig(_Frozen):
         return self
 
 
+class TracingConfig(_Frozen):
+    """Where spans go. See `deployments.tracing`."""
+
+    otlp_endpoint: str = Field(min_length=1, description="Of an OpenTelemetry collector, `http://host:4317` for gRPC.")
+    sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of requests that are traced, of those whose client has not decided it."
+    )
+
+
 class AppConfig(_Frozen):
     """Everything under `args` in `serve_config.yaml`."""
 
@@ -202,6 +230,7 @@ class AppConfig(_Frozen):
     router: RouterConfig = RouterConfig()
     grounding: GroundingConfig = GroundingConfig()
     documents: DocumentsConfig | None = Field(None, description="Without it, there are no files and vector stores.")
+    tracing: TracingConfig | None = Field(None, description="OpenTelemetry spans. None without it.")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> AppConfig:

@@ -11,11 +11,12 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from deployments import messages as m
 from deployments.config import FleetConfig, ModelConfig
+from deployments.fleet.autoscaling import Waits
 from deployments.fleet.channel import ChannelError, EngineEnd, Link, Metrics
 from deployments.metrics import RayMetrics
 from deployments.outcomes import Refusal, outcome_of
@@ -35,10 +36,11 @@ class EngineUnhealthy(Exception):
 class _Run:
     """One execution: numbers its deltas and hands them to its Router's link. Satisfies `seam.token_engine.Sink`."""
 
-    def __init__(self, stream: int, link: Link, touch: Callable[[Link], None]) -> None:
+    def __init__(self, stream: int, link: Link, touch: Callable[[Link], None], waits: Waits) -> None:
         from deployments.seam.wire import Delta
 
         self._delta = Delta
+        self._waits = waits
         self.stream, self.execution = stream, secrets.randbits(62)
         self.done: asyncio.Future[m.End] = asyncio.get_running_loop().create_future()
         self._link, self._touch = link, touch
@@ -51,6 +53,7 @@ class _Run:
         for index, request in enumerate(requests):
             request.request_id = f"{request.request_id}.{self.execution:x}"
             self._indexes[request.request_id] = index
+            self._waits.begin(request.request_id, len(request.prompt_token_ids or ()), request.arrival_time)
         self._open = set(self._indexes.values())
         return list(self._indexes)
 
@@ -60,6 +63,7 @@ class _Run:
 
     def deliver(self, output: EngineCoreOutput, weight_version: str | None) -> None:
         index = self._indexes[output.request_id]
+        self._waits.first_token(output.request_id, time.time())
         output.request_id = str(index)
         output.events = output.trace_headers = None  # engine-side statistics have used them
         self._sequence += 1
@@ -129,6 +133,17 @@ def cpu_environment(cores: int) -> dict[str, str]:
     }
 
 
+def gpus_of(assigned: Mapping[str, float]) -> float:
+    """Return the GPUs that Ray assigned to an actor, which have another name in a placement group."""
+    return float(max((n for name, n in assigned.items() if name == "GPU" or name.startswith("GPU_group_")), default=0))
+
+
+def has_workers_elsewhere(model: ModelConfig) -> bool:
+    """Whether its GPUs are held by Ray actors of vLLM's, and not by the replica's own."""
+    given = {key.replace("-", "_"): value for key, value in model.engine_args.items()}
+    return bool(given.get("distributed_executor_backend") == "ray")
+
+
 class Engine:
     """Made a deployment in `app.py`.
 
@@ -140,8 +155,9 @@ class Engine:
     async def __init__(self, model: ModelConfig, fleet: FleetConfig) -> None:  # type: ignore[misc]
         import ray
 
-        num_gpus = float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
-        os.environ.update({**cpu_environment(len(os.sched_getaffinity(0))), **model.env} if not num_gpus else model.env)
+        num_gpus = gpus_of(ray.get_runtime_context().get_assigned_resources())
+        on_gpus = num_gpus > 0 or has_workers_elsewhere(model)
+        os.environ.update(model.env if on_gpus else {**cpu_environment(len(os.sched_getaffinity(0))), **model.env})
         from ray import serve
 
         from deployments.seam import logs
@@ -158,6 +174,9 @@ class Engine:
         self._codec = Codec()
         self._stall = Stall(fleet.engine_stall_timeout_s)
         self._runs: dict[int, _Run] = {}
+        self._waits = Waits()
+        if model.scaling is not None:  # by this name Serve finds it; it pushes nothing where there is none
+            self.record_autoscaling_stats = self._autoscaling_stats
         self._touched: set[Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         logger.info("Loading model %s (%s)", model.name, model.engine_args["model"])
@@ -186,7 +205,7 @@ class Engine:
         except ChannelError as error:
             yield m.End(-1, m.FAILED, str(error))
             return
-        run = _Run(stream, link, lambda link: self._touched.add(link))
+        run = _Run(stream, link, lambda link: self._touched.add(link), self._waits)
         self._runs[run.execution] = run
         link.runs[run.execution] = lambda reason: run.end(m.ABORTED, reason)
         ids: list[str] = []
@@ -210,6 +229,8 @@ class Engine:
         finally:
             self._runs.pop(run.execution, None)
             link.runs.pop(run.execution, None)
+            for sequence in ids:
+                self._waits.forget(sequence)
             self._metrics.inc("engine_executions", model=self._model.name, outcome=outcome)
             if outcome != m.FINISHED:
                 await asyncio.shield(self._llm.abort(ids))
@@ -262,6 +283,10 @@ class Engine:
             since_step_s=llm.seconds_since_step,
             now=time.monotonic(),
         )
+
+    def _autoscaling_stats(self) -> dict[str, float]:
+        """For `fleet.autoscaling.AutoscalingPolicy`, by way of Serve's controller."""
+        return self._waits.stats(time.time())
 
     async def join(self, channel: m.ChannelAddress) -> m.EngineDescription:
         """Connect to a Router's channel ahead of its first request; return what only a running engine knows."""

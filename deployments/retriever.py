@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from deployments.config import DocumentsConfig
+from deployments.config import DocumentsConfig, TracingConfig
 from deployments.metrics import RayMetrics
 from deployments.outcomes import Refusal, outcome_of
 from deployments.retrieval.blobs import Blobs
@@ -14,6 +14,7 @@ from deployments.retrieval.reader import Reader
 from deployments.retrieval.records import Hit, Ranking
 from deployments.retrieval.search import Searcher
 from deployments.serve_calls import Calls, PoolingCalls
+from deployments.tracing import Tracing
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -27,6 +28,7 @@ class Retriever:
         indexer: Told which stores are in use, for their expiry.
         embedder: The embedding model's engines, if there is one.
         reranker: The rerank model's engines, if there is one.
+        tracing: Where spans go, if there are any.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -35,7 +37,9 @@ class Retriever:
         indexer: DeploymentHandle,
         embedder: DeploymentHandle | None,
         reranker: DeploymentHandle | None,
+        tracing: TracingConfig | None = None,
     ) -> None:
+        self._tracing = Tracing.start(tracing, "retriever") if tracing is not None else None
         place = (config.uri, config.storage_options)
         reader = await Reader.open(*place, cache_bytes=config.cache_bytes)
         limit_s = config.search_timeout_s
@@ -64,7 +68,12 @@ class Retriever:
             owner, store_ids, queries, max_results=max_results, filters=filters, ranking=ranking
         )
 
-    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any | Refusal:
+    async def call(
+        self, method: str, *args: Any, trace_headers: dict[str, str] | None = None, **kwargs: Any
+    ) -> Any | Refusal:
         """Call `search`, or a method of `retrieval.catalog.Catalog`; return its outcome."""
         target = self.search if method == "search" else getattr(self._catalog, method)
-        return await outcome_of(target(*args, **kwargs))
+        if self._tracing is None or trace_headers is None:
+            return await outcome_of(target(*args, **kwargs))
+        with self._tracing.span(f"Retriever.{method}", trace_headers):
+            return await outcome_of(target(*args, **kwargs))

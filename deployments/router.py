@@ -27,6 +27,7 @@ from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.file_search import Retriever
 from deployments.metrics import RayMetrics
 from deployments.serve_calls import Calls
+from deployments.tracing import TracedApp, Tracing
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -60,6 +61,7 @@ class Router:
         os.environ.update(config.router.env)
         self._config, self._engines, self._documents = config, engines, documents
         self._metrics = RayMetrics()
+        self._tracing = Tracing.start(config.tracing, "router") if config.tracing is not None else None
         self._models: list[_Model] = []
         self._keys = key_ring(config.router, os.environ)
         if self._keys is None:
@@ -131,7 +133,7 @@ class Router:
         config, keys = self._config.router, self._keys
         if keys is not None and config.keys is not None:
             self._tasks.append(asyncio.get_running_loop().create_task(_refresh(keys, config.keys.reread_interval_s)))
-        return Gate(
+        gate = Gate(
             app,
             keys,
             model_paths,
@@ -139,13 +141,14 @@ class Router:
             max_header_bytes=config.max_header_bytes,
             metrics=self._metrics,
         )
+        return gate if self._tracing is None else TracedApp(gate, self._tracing)
 
     def _retriever(self) -> Any:
         """Return the Retriever, as those who ask it call it; None without a document store."""
         if self._config.documents is None or self._documents is None:
             return None
         timeout_s = self._config.documents.search_timeout_s + 1
-        return Calls(self._documents[1], "The Retriever", timeout_s=timeout_s)
+        return Calls(self._documents[1], "The Retriever", timeout_s=timeout_s, tracing=self._tracing)
 
     def _mounted(self) -> dict[str, App]:
         if self._config.documents is None or self._documents is None:

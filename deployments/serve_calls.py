@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from ray.serve.handle import DeploymentHandle
 
+    from deployments.tracing import Tracing
+
 
 class Calls:
     """A deployment's `call(method, …)` as methods of this object.
@@ -23,14 +25,17 @@ class Calls:
         handle: The deployment.
         what: What it is to a client, as the beginning of a sentence.
         timeout_s: After which a call is given up, and cancelled.
+        tracing: Has a span around each call, and another on the other side.
 
     Raises:
         PublicError: From any method: what the other side refused with, `DocumentsUnavailable` if it does not answer,
             `Overloaded` if too many wait for it.
     """
 
-    def __init__(self, handle: DeploymentHandle, what: str, *, timeout_s: float) -> None:
-        self._handle, self._what, self._timeout_s = handle, what, timeout_s
+    def __init__(
+        self, handle: DeploymentHandle, what: str, *, timeout_s: float, tracing: Tracing | None = None
+    ) -> None:
+        self._handle, self._what, self._timeout_s, self._tracing = handle, what, timeout_s, tracing
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
@@ -38,7 +43,11 @@ class Calls:
         return partial(self._call, method)
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return await answered(self._handle.call.remote(method, *args, **kwargs), self._what, self._timeout_s)
+        if self._tracing is None:
+            return await answered(self._handle.call.remote(method, *args, **kwargs), self._what, self._timeout_s)
+        with self._tracing.span(f"call {method}"):
+            call = self._handle.call.remote(method, *args, trace_headers=self._tracing.headers(), **kwargs)
+            return await answered(call, self._what, self._timeout_s)
 
 
 class PoolingCalls:

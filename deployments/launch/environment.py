@@ -1,6 +1,6 @@
-"""What Ray, Serve, HAProxy and vLLM read from the environment when `make serve` starts them.
+"""What Ray, Serve, HAProxy and vLLM read from the environment: under `make serve`, and on the nodes of a cluster.
 
-Everything in `defaults` gives way to what the user has set; what `forced` returns does not.
+Of `make serve`: everything in `defaults` gives way to what the user has set; what `forced` returns does not.
 """
 
 from __future__ import annotations
@@ -35,25 +35,58 @@ def for_run(run_id: str, run_folder: Path, config_folder: Path, environ: Mapping
     return {**result, **forced(run_id, run_folder), "PYTHONPATH": _path(config_folder, environ)}
 
 
-def defaults(run_folder: Path) -> dict[str, str]:
-    """Return what we set unless the user did."""
+def everywhere() -> dict[str, str]:
+    """Return what is right for one machine and for a cluster alike."""
     return {
         # Speed: HAProxy in front, gRPC between the deployments. Both are read once, when Serve starts.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # Autoscaling within seconds: how often the Router reports its load.
-        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         # Ray lowers its workers' priority (nice 15), and with it that of engines and Routers: on a machine that does
         # anything else they would come last, and a batch waits for the slowest of its threads.
         "RAY_worker_niceness": "0",
         # The controller looks at everything ten times a second unless told otherwise: 7% of a core.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        # A reload of HAProxy must not cut a stream that the old worker still carries.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
+        # When a replica dies, what it started dies with it (Ray's default, said here because we rely on it).
+        "RAY_process_group_cleanup_enabled": "1",
+        # Nothing is reported to anybody.
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def on_a_cluster(scripts: Path) -> dict[str, str]:
+    """Return what each node of a cluster needs in the environment of `ray start`.
+
+    Not there, for Serve's own value is the right one: how long a Router that leaves goes on listening (a balancer
+    outside must notice), and how often a replica is tried again (its node may be what failed).
+
+    Args:
+        scripts: Where this package's commands are installed, the same on every node.
+    """
+    return {
+        **everywhere(),
+        # HAProxy as `launch.haproxy` starts it. Without it a client that hangs up during its upload is not heard.
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(scripts / "groundswell-haproxy"),
+        # Replicas unpickle what reaches their gRPC port: only with the token, which comes as the cluster's secrets do.
+        "RAY_AUTH_MODE": "token",
+    }
+
+
+def as_exports(variables: Mapping[str, str]) -> str:
+    """Return lines for a shell to `eval`."""
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+
+
+def defaults(run_folder: Path) -> dict[str, str]:
+    """Return what we set unless the user did."""
+    return {
+        **everywhere(),
         # A thread carries hundreds of thousands of events a second; more of them would only take turns on few cores.
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 4))),
         # No balancer elsewhere has to notice that a replica leaves.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
-        # A reload of HAProxy must not cut a stream that the old worker still carries.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
         # A model that cannot be loaded fails the same way the second and the third time.
         "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
         # What HAProxy writes, and its admin socket, which anybody on the machine may use where it lies by default.
@@ -75,11 +108,6 @@ def defaults(run_folder: Path) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
-        # When a replica dies, what it started dies with it (Ray's default, said here because we rely on it).
-        "RAY_process_group_cleanup_enabled": "1",
-        # Nothing is reported to anybody.
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "VLLM_NO_USAGE_STATS": "1",
     }
 
 

@@ -23,6 +23,18 @@ _S3_OPTIONS: Final = {
 }
 
 
+def file_system(place: str, storage_options: Mapping[str, str]) -> tuple[Any, str]:
+    """Return where a folder or an `s3://` prefix lies, and its path there."""
+    if place.startswith("s3://"):
+        options = {_S3_OPTIONS[k]: v for k, v in storage_options.items() if k in _S3_OPTIONS}
+        if str(storage_options.get("allow_http", "")).lower() == "true":
+            options["scheme"] = "http"
+        return fs.S3FileSystem(**options), place.removeprefix("s3://")
+    system, path = fs.FileSystem.from_uri(place) if "://" in place else (fs.LocalFileSystem(), place)
+    system.create_dir(path)
+    return system, str(path)
+
+
 class Blobs:
     """Files by id. Blocking calls run in threads.
 
@@ -32,16 +44,7 @@ class Blobs:
     """
 
     def __init__(self, uri: str, storage_options: Mapping[str, str]) -> None:
-        place = f"{located(uri)}/files"
-        if place.startswith("s3://"):
-            options = {_S3_OPTIONS[k]: v for k, v in storage_options.items() if k in _S3_OPTIONS}
-            if str(storage_options.get("allow_http", "")).lower() == "true":
-                options["scheme"] = "http"
-            self._fs: Any = fs.S3FileSystem(**options)
-            self._root = place.removeprefix("s3://")
-        else:
-            self._fs, self._root = fs.FileSystem.from_uri(place) if "://" in place else (fs.LocalFileSystem(), place)
-            self._fs.create_dir(self._root)
+        self._fs, self._root = file_system(f"{located(uri)}/files", storage_options)
 
     def _path(self, file_id: str) -> str:
         return f"{self._root}/{file_id}"

@@ -44,8 +44,8 @@ class Sink(Protocol):
 class _TokenOutputProcessor(OutputProcessor):
     """Keeps vLLM's request states and statistics; leaves detokenization to the Router."""
 
-    def __init__(self, *, log_stats: bool, on_step: Callable[[], None]) -> None:
-        super().__init__(None, log_stats=log_stats)
+    def __init__(self, *, log_stats: bool, tracing: bool, on_step: Callable[[], None]) -> None:
+        super().__init__(None, log_stats=log_stats, tracing_enabled=tracing)
         self._on_step = on_step
 
     def process_outputs(
@@ -65,6 +65,8 @@ class _TokenOutputProcessor(OutputProcessor):
                 if output.prefill_stats is not None:
                     state.num_cached_tokens = output.prefill_stats.num_cached_tokens
             finish_reason = output.finish_reason
+            if finish_reason is not None and self.tracing_enabled and iteration_stats is not None:
+                self.do_tracing(output, state, iteration_stats)
             state.queue.deliver(output, weight_version)
             if finish_reason is not None:
                 self._finish_request(state)
@@ -102,7 +104,11 @@ class TokenEngine:
         self._llm = llm
         self.stats = stats
         self._owner = owner
-        llm.output_processor = self._outputs = _TokenOutputProcessor(log_stats=llm.log_stats, on_step=on_step)
+        llm.output_processor = self._outputs = _TokenOutputProcessor(
+            log_stats=llm.log_stats,
+            tracing=llm.vllm_config.observability_config.otlp_traces_endpoint is not None,
+            on_step=on_step,
+        )
 
     @classmethod
     async def start(

@@ -210,6 +210,22 @@ class TestEnvironment:
         assert "RAY_AUTH_TOKEN" not in result
         assert result["PYTHONPATH"] == os.pathsep.join(["/config", "/p"])
 
+    def test_a_cluster_and_one_machine_share_what_is_right_for_both(self, tmp_path: Path) -> None:
+        cluster, here = environment.on_a_cluster(tmp_path), environment.for_run("id", tmp_path, tmp_path, {})
+        shared = environment.everywhere()
+        assert shared.items() <= cluster.items()
+        assert shared.items() <= here.items()
+        assert cluster.keys() - shared.keys() == {"RAY_SERVE_HAPROXY_BINARY_PATH", "RAY_AUTH_MODE"}
+        assert not [value for value in cluster.values() if "127.0.0.1" in value]
+
+    def test_a_shell_takes_what_is_printed_for_a_clusters_node(self) -> None:
+        printed = subprocess.run(
+            [sys.executable, "-m", "deployments.cli", "environment"], capture_output=True, text=True, check=True
+        ).stdout
+        script = f'{printed}\necho "$RAY_SERVE_HAPROXY_BINARY_PATH $RAY_SERVE_ENABLE_HA_PROXY"'
+        told = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+        assert told == [str(Path(sys.executable).parent / "groundswell-haproxy"), "1"]
+
     def test_only_the_owner_can_read_the_token(self, tmp_path: Path) -> None:
         environment.write_files(tmp_path)
         token = environment.token_path(tmp_path)

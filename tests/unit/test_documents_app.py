@@ -43,7 +43,7 @@ def test_the_indexer_is_one_also_while_it_is_replaced(models: list[dict[str, Any
     _, reader_model, embedder = bound(indexer)
     assert (reader_model.name, embedder) == ("embedder", engines["embedder"])
     assert retriever._bound_deployment._deployment_config.autoscaling_config.max_replicas == 4
-    assert bound(retriever)[1:] == (indexer, engines["embedder"], None)
+    assert bound(retriever)[1:] == (indexer, engines["embedder"], None, None)
 
 
 def test_the_retriever_can_be_scaled_and_the_indexer_cannot(models: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest_asyncio
 from deployments import messages as m
 from deployments.config import FleetConfig, ModelConfig
 from deployments.engine import Engine, EngineUnhealthy, Stall, _Run, cpu_environment
+from deployments.fleet.autoscaling import QUEUED_TOKENS, Waits
 from deployments.fleet.channel import ChannelError
 from tests.unit.recording import LIMIT_S, Recorder
 
@@ -102,7 +104,10 @@ class StubCodec:
     def decode_requests(self, frames: list[bytes]) -> list[Any]:
         if frames == [b"unreadable"]:
             raise ValueError("unreadable")
-        return [SimpleNamespace(request_id=frame.decode()) for frame in frames]
+        return [
+            SimpleNamespace(request_id=frame.decode(), prompt_token_ids=[1, 2, 3], arrival_time=time.time())
+            for frame in frames
+        ]
 
     def encode_deltas(self, weight_version: str | None, deltas: list[Delta]) -> Any:
         return weight_version, deltas
@@ -128,6 +133,7 @@ class Bench:
             _codec=StubCodec(),
             _stall=Stall(60),
             _runs={},
+            _waits=Waits(),
             _touched=set(),
             _tasks=set(),
             _llm=self.llm,
@@ -188,8 +194,8 @@ async def ended(bench: Bench, task: asyncio.Task[None]) -> m.End:
 
 def run_of(*ids: str) -> tuple[_Run, StubLink, list[str]]:
     link = StubLink()
-    run = _Run(7, link, lambda link: None)  # type: ignore[arg-type]
-    requests: Any = [SimpleNamespace(request_id=i) for i in ids]
+    run = _Run(7, link, lambda link: None, Waits())  # type: ignore[arg-type]
+    requests: Any = [SimpleNamespace(request_id=i, prompt_token_ids=[1, 2, 3], arrival_time=0.0) for i in ids]
     return run, link, run.adopt(requests)
 
 
@@ -269,6 +275,23 @@ async def test_a_call_is_accepted_then_ended_and_deltas_leave_once_a_step(bench:
     assert await ended(bench, task) == m.End(2, m.FINISHED)
     assert bench.llm.aborted == []
     assert bench.metrics.counts["engine_executions", "tiny", m.FINISHED] == 1
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_waits_until_its_first_token_or_its_end(bench: Bench) -> None:
+    def waiting() -> float:
+        return bench.engine._autoscaling_stats()[QUEUED_TOKENS]
+
+    first, _, (served,) = await bench.started(b"a")
+    second, _, _ = await bench.started(b"b")
+    assert waiting() == 6
+    bench.llm.produce(served, 1)
+    assert waiting() == 3
+    second.cancel()
+    await asyncio.wait([second])
+    assert waiting() == 0
+    bench.llm.produce(served, 2, "stop")
+    await first
 
 
 @pytest.mark.asyncio

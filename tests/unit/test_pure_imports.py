@@ -19,6 +19,7 @@ PURE = (
     "deployments.metrics",
     "deployments.fleet.placement",
     "deployments.fleet.admission",
+    "deployments.fleet.autoscaling",
     "deployments.fleet.channel",
     "deployments.fleet.client",
     "deployments.grounding.asgi",

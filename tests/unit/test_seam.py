@@ -15,6 +15,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from deployments.seam import frontend
 from deployments.seam.args import lora_int_id, parse_args
@@ -166,3 +167,10 @@ def test_options_arrive_as_from_the_command_line() -> None:
     assert args.enable_prefix_caching is False
     assert [module.name for module in args.lora_modules] == ["sql"]
     assert args.enable_prompt_tokens_details is True
+
+
+def test_spans_of_the_engine_are_made_of_what_we_call_them_with() -> None:
+    assert keywords(OutputProcessor.do_tracing) == {"engine_core_output", "req_state", "iteration_stats"}
+    assert "tracing_enabled" in keywords(OutputProcessor.__init__)
+    for struct in (EngineCoreRequest, EngineCoreOutput):
+        assert "trace_headers" in {field.name for field in msgspec.structs.fields(struct)}

@@ -7,10 +7,12 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from deployments.errors import NotFound
+from deployments.retrieval.backup import back_up
 from deployments.retrieval.records import Attachment, PageRequest
 from deployments.retrieval.writer import Fenced
 from tests.e2e.serving import free_port
@@ -76,3 +78,16 @@ async def test_documents_live_on_s3_by_changing_one_uri(s3: dict[str, str]) -> N
             await successor.ingestion.delete_store(None, store)
             with pytest.raises(NotFound):
                 await made.searcher.search(None, [store], ["zebra"])
+
+
+@pytest.mark.asyncio
+async def test_a_backup_goes_from_a_folder_to_s3_and_back(s3: dict[str, str], tmp_path: Path) -> None:
+    async with house(tmp_path / "old") as old:
+        store_id, (file_id,) = await old.store_of("the tide comes in")
+    back_up(str(tmp_path / "old"), "s3://docs/backup", target_options=s3)
+    back_up("s3://docs/backup", str(tmp_path / "new"), source_options=s3)
+    async with house("s3://docs/backup", storage_options=s3) as there:
+        assert await there.text(store_id, file_id) == "the tide comes in"
+    async with house(tmp_path / "new") as new:
+        assert await new.catalog.read_file(None, file_id, 0, 100) == b"the tide comes in"
+        assert [hit.file_id for hit in await new.searcher.search(None, [store_id], ["tide"])] == [file_id]
