@@ -121,6 +121,7 @@ def ready_message(settings: Settings) -> str:
     lines = [
         "",
         f"Groundswell is ready at {settings.url}/v1",
+        f"  page       {settings.url}/",
         f"  models     {', '.join(settings.models) or 'none'}",
         f"  keys       {'needed' if settings.needs_key else 'none: it listens on loopback only'}",
         f"  metrics    http://127.0.0.1:{settings.metrics_port}/metrics",
