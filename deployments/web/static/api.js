@@ -141,8 +141,10 @@ export async function* streamChat(body, signal) {
   const reader = response.body.getReader();
   const decoder = new TextDecoder();
   const events = new EventReader();
+  let isComplete = false;
+  let isRead = false;
   try {
-    for (;;) {
+    while (!isRead) {
       let part;
       try {
         part = await reader.read();
@@ -150,16 +152,20 @@ export async function* streamChat(body, signal) {
         if (error.name === 'AbortError') throw error;
         throw new ApiError('broken', 'The connection broke off.');
       }
+      isRead = part.done;
       for (const { event, data } of events.feed(part.done ? '\n\n' : decoder.decode(part.value, { stream: true }))) {
-        if (data === '[DONE]') return;
+        if (data === '[DONE]') {
+          isComplete = true; // and read on to the end, or the server would hear a client that hangs up
+          continue;
+        }
         const chunk = JSON.parse(data);
         if (chunk.error || event === 'error') throw new ApiError('stream', (chunk.error ?? chunk).message ?? '');
         yield chunk;
       }
-      if (part.done) throw new ApiError('broken', 'The connection broke off.');
     }
+    if (!isComplete) throw new ApiError('broken', 'The connection broke off.');
   } finally {
-    reader.cancel().catch(() => {}); // hangs up: the engine is free at once
+    if (!isRead) reader.cancel().catch(() => {}); // hangs up: the engine is free at once
   }
 }
 

@@ -22,6 +22,7 @@ export class Chat {
   #running = new Map(); // by conversation: what is being answered, and how to stop it
   #views = new Map(); // by message of the conversation on screen
   #saved = 0;
+  #isLeaving = false;
 
   constructor({ conversations, feed, askForKey, openPassage }) {
     this.#conversations = conversations;
@@ -176,8 +177,10 @@ export class Chat {
     $('#question').focus();
   }
 
-  /** The page is about to go: what has arrived stays. */
-  keep() {
+  /** The page is about to go, or is there again. What has arrived stays. */
+  leave(isLeaving) {
+    this.#isLeaving = isLeaving;
+    if (!isLeaving) return;
     for (const { conversation } of this.#running.values()) this.#save(conversation);
   }
 
@@ -234,7 +237,7 @@ export class Chat {
     if (!text.trim()) return;
     const conversation = this.#conversation;
     const question = { role: 'user', content: text };
-    const answer = emptyAnswer();
+    const answer = emptyAnswer(conversation);
     conversation.messages.push(question, answer);
     const field = $('#question');
     field.value = '';
@@ -247,7 +250,7 @@ export class Chat {
   #retry(message) {
     const conversation = this.#conversation;
     if (conversation.messages.at(-1) !== message || this.#running.has(conversation.id)) return;
-    Object.assign(message, emptyAnswer());
+    Object.assign(message, emptyAnswer(conversation));
     this.#update(message);
     this.#answer(conversation, message);
   }
@@ -281,7 +284,8 @@ export class Chat {
       if (error.name === 'AbortError') {
         message.state = 'stopped';
         announce('Stopped.');
-      } else {
+      } else if (this.#isLeaving) message.state = 'interrupted';
+      else {
         if (!(error instanceof ApiError)) console.error(error);
         message.state = 'failed';
         message.error = { kind: error.kind ?? 'page', message: error.message };
@@ -324,14 +328,18 @@ export class Chat {
     const hurried = new Promise((resolve) => (now = resolve));
     window.addEventListener('online', now);
     announce(explain(error).heading);
-    while (Date.now() < until) {
-      const leftS = Math.max(1, Math.ceil((until - Date.now()) / 1000));
-      message.wait = { error: { kind: error.kind, message: error.message }, leftS, now };
-      this.#update(message);
-      if ((await Promise.race([hurried.then(() => 'now'), pause(Math.min(1000, until - Date.now()), signal)])) === 'now') break;
+    try {
+      while (Date.now() < until) {
+        const leftS = Math.max(1, Math.ceil((until - Date.now()) / 1000));
+        message.wait = { error: { kind: error.kind, message: error.message }, leftS, now };
+        this.#update(message);
+        const passed = pause(Math.min(1000, until - Date.now()), signal);
+        if ((await Promise.race([hurried.then(() => 'now'), passed])) === 'now') break;
+      }
+    } finally {
+      window.removeEventListener('online', now);
+      message.wait = null;
     }
-    window.removeEventListener('online', now);
-    message.wait = null;
   }
 
   async #stream(conversation, message, signal) {
@@ -588,8 +596,8 @@ class AnswerView {
 
 // Answers
 
-function emptyAnswer() {
-  return { role: 'assistant', content: '', reasoning: '', calls: [], citations: [], found: [], stores: [], stats: {}, state: 'waiting', error: null, wait: null, finish: null, searched: null };
+function emptyAnswer({ model }) {
+  return { role: 'assistant', asked: model, content: '', reasoning: '', calls: [], citations: [], found: [], stores: [], stats: {}, state: 'waiting', error: null, wait: null, finish: null, searched: null };
 }
 
 const hasBegun = (message) => Boolean(message.content || message.reasoning || message.calls.length);

@@ -123,8 +123,14 @@ feed.subscribe(() => {
 });
 
 window.addEventListener('hashchange', showView);
-window.addEventListener('pagehide', () => chat.keep());
+window.addEventListener('pagehide', () => chat.leave(true));
+window.addEventListener('pageshow', () => chat.leave(false));
 $('#open-key').addEventListener('click', () => askForKey(null));
+$('#settings-cancel').addEventListener('click', () => $('#settings').close());
+$('.skip').addEventListener('click', (event) => {
+  event.preventDefault(); // the address names a view
+  $('#main').focus();
+});
 $('#key-cancel').addEventListener('click', () => $('#key').close());
 for (const toggle of document.querySelectorAll('.toggle-rail')) toggle.addEventListener('click', () => document.body.classList.toggle('rail-open'));
 document.addEventListener('click', (event) => {

@@ -6,10 +6,13 @@ import DOMPurify from './vendor/purify.es.mjs';
 import { h } from './dom.js';
 
 const marked = new Marked({ gfm: true, breaks: false, async: false });
+// Markup in a text is shown as the text it is, but for a few tags that models are fond of. The sanitizer stands behind.
+const HARMLESS = /^<\/?(?:br|hr|p|b|i|u|em|strong|sup|sub|kbd)\s*\/?>$/i;
+marked.use({ renderer: { html: ({ text }) => (HARMLESS.test(text.trim()) ? text : escaped(text)) } });
 
 const ALLOWED = {
   ALLOWED_TAGS: [
-    ...['p', 'br', 'hr', 'h1', 'h2', 'h3', 'h4', 'h5', 'h6', 'strong', 'em', 'del', 'sup', 'sub', 'a', 'code', 'pre'],
+    ...['p', 'br', 'hr', 'h1', 'h2', 'h3', 'h4', 'h5', 'h6', 'strong', 'em', 'b', 'i', 'u', 'del', 'sup', 'sub', 'kbd', 'a', 'code', 'pre'],
     ...['ul', 'ol', 'li', 'blockquote', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'img'],
   ],
   ALLOWED_ATTR: ['href', 'start', 'align', 'class', 'alt', 'src'],
@@ -28,7 +31,13 @@ const CLOSE = '\uE001';
  * `marks` are `{index, number, onopen}`: citations, at positions counted in code points.
  */
 export function render(text, marks = []) {
-  const fragment = DOMPurify.sanitize(marked.parse(withMarks(text, marks)), ALLOWED);
+  let fragment;
+  try {
+    fragment = DOMPurify.sanitize(marked.parse(withMarks(text, marks)), ALLOWED);
+  } catch {
+    fragment = document.createDocumentFragment(); // nested too deep for the renderer: as it is, then
+    fragment.append(h('p', {}, withMarks(text, marks)));
+  }
   for (const image of fragment.querySelectorAll('img')) image.replaceWith(linkTo(image.getAttribute('src'), image.alt));
   for (const link of fragment.querySelectorAll('a')) secure(link);
   for (const element of fragment.querySelectorAll('[class]')) {
@@ -43,6 +52,8 @@ export function render(text, marks = []) {
   replaceMarks(fragment, marks);
   return fragment;
 }
+
+const escaped = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
 
 function withMarks(text, marks) {
   const points = Array.from(text.replace(/[\uE000\uE001]/g, '\uFFFD'));

@@ -36,6 +36,7 @@ export class PassagePanel {
   }
 
   close() {
+    if (this.#panel.hidden) return;
     this.#loading?.abort();
     this.#panel.hidden = true;
     document.body.classList.remove('passage-open');

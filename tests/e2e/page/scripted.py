@@ -127,7 +127,7 @@ class Scripted:
         app, fleet, client = await scripted_app(
             self._folder / "tiny",
             CitingFleet(),
-            reasoning_parser="deepseek_r1",
+            reasoning_parser="deepseek_v3",
             enable_auto_tool_choice=True,
             tool_call_parser="hermes",
         )

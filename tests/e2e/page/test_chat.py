@@ -13,6 +13,7 @@ from tests.e2e.page.conftest import PHONE, Visit
 from tests.e2e.page.scripted import Scripted
 
 Open = Callable[..., Visit]
+THINKING: Any = {"skip_special_tokens": False, "chat_template_kwargs": {"thinking": True}}
 HOSTILE = """# Fine <b onclick="alert(1)">so</b> far
 
 <script>alert('script')</script><img src=x onerror="alert('img')"><svg onload="alert('svg')"></svg>
@@ -22,12 +23,12 @@ HOSTILE = """# Fine <b onclick="alert(1)">so</b> far
 [a link](javascript:alert('link)) [b](  jAvAsCrIpT:alert('b')) [c](data:text/html,<script>alert('c')</script>)
 [good](https://example.com/) ![picture](https://evil.example/pixel.png?leak=1)
 
-<a href="https://example.com/" target="_self" onmouseover="alert('over')" style="position:fixed">raw</a>
-<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=alert('math')&gt;">
-
 ```html
 <script>alert('code')</script>
 ```
+
+<a href="https://example.com/" target="_self" onmouseover="alert('over')" style="position:fixed">raw</a>
+<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=alert('math')&gt;">
 """
 
 
@@ -84,7 +85,7 @@ def test_a_citation_opens_its_passage_in_its_document(scripted_server: Scripted,
     cite = answer.locator("button.cite", has_text="1").first
     cite.press("Enter")  # by the keyboard
     panel = tab.page.locator("#passage")
-    tab.page.wait_for_function("document.querySelector('#passage-note').textContent === ''")
+    tab.page.locator("#passage-note:empty").wait_for(state="attached")
     assert panel.locator("h2").inner_text() == "tides.md"
     assert "The tide turns twice a day" in panel.locator("mark").inner_text()
     whole = panel.locator("#passage-text").inner_text()
@@ -142,14 +143,14 @@ def test_a_reload_keeps_the_conversation_and_what_had_arrived(scripted_server: S
 
 
 def test_stop_hangs_up_and_keeps_what_had_arrived(scripted_server: Scripted, visit: Open) -> None:
-    scripted_server.fleet.answers, scripted_server.fleet.hangs = ["Some words."], True
+    scripted_server.fleet.answers, scripted_server.fleet.hangs = ["The words."], True
     tab = visit(scripted_server.url)
     tab.open()
     answer = tab.ask("Go on")
-    answer.locator(".text", has_text="Some").wait_for()
+    answer.locator(".text", has_text="The").wait_for()
     tab.page.get_by_role("button", name="Stop").click()
     tab.until(answer, "stopped")
-    assert answer.locator(".text").inner_text() == "Some"
+    assert answer.locator(".text").inner_text() == "The"
     deadline = time.monotonic() + 10
     while not scripted_server.fleet.flights[-1].closed.is_set():
         assert time.monotonic() < deadline, "the request still holds its engine"
@@ -191,7 +192,7 @@ def test_settings_and_the_system_prompt_go_with_the_request(scripted_server: Scr
 def test_reasoning_and_tool_calls_are_shown_beside_the_answer(scripted_server: Scripted, visit: Open) -> None:
     scripted_server.fleet.answers = ["Let me think about it.</think>Here it is."]
     tab = visit(scripted_server.url)
-    tab.page.route("**/v1/chat/completions", _with(skip_special_tokens=False))
+    tab.page.route("**/v1/chat/completions", _with(**THINKING))
     tab.open()
     answer = tab.ask("Think")
     tab.until(answer, "done")
@@ -203,7 +204,7 @@ def test_reasoning_and_tool_calls_are_shown_beside_the_answer(scripted_server: S
     ]
     weather = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     tab.page.unroute("**/v1/chat/completions")
-    tab.page.route("**/v1/chat/completions", _with(skip_special_tokens=False, tools=[weather]))
+    tab.page.route("**/v1/chat/completions", _with(**THINKING, tools=[weather]))
     answer = tab.ask("What is the weather?")
     tab.until(answer, "done")
     answer.locator(".call summary").click()
@@ -272,7 +273,7 @@ def test_a_script_in_a_document_does_not_run(scripted_server: Scripted, visit: O
     tab.page.fill("#search-query", "tide script")
     tab.page.press("#search-query", "Enter")
     tab.page.locator(".result").first.click()
-    tab.page.wait_for_function("document.querySelector('#passage-note').textContent === ''")
+    tab.page.locator("#passage-note:empty").wait_for(state="attached")
     assert "<script>alert('document')</script>" in tab.page.locator("#passage-text").inner_text()
     tab.open()
     choose(tab, "alert('store')")
@@ -285,7 +286,7 @@ def test_a_script_in_a_document_does_not_run(scripted_server: Scripted, visit: O
 
 
 def test_all_can_be_done_with_the_keyboard_alone(scripted_server: Scripted, visit: Open) -> None:
-    scripted_server.fleet.answers, scripted_server.fleet.hangs = ["By hand."], True
+    scripted_server.fleet.answers, scripted_server.fleet.hangs = ["The end."], True
     tab = visit(scripted_server.url)
     tab.open()
     keyboard = tab.page.keyboard
@@ -303,7 +304,7 @@ def test_all_can_be_done_with_the_keyboard_alone(scripted_server: Scripted, visi
     keyboard.type("of two lines")
     keyboard.press("Enter")
     answer = tab.page.locator(".answer")
-    answer.locator(".text", has_text="By").wait_for()
+    answer.locator(".text", has_text="The").wait_for()
     keyboard.press("Escape")
     tab.until(answer, "stopped")
     assert tab.page.locator(".question p").inner_text() == "A question\nof two lines"
