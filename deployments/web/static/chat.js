@@ -7,6 +7,7 @@ import { age, count, explain, isPassing, plural, rate, seconds, waitingFor } fro
 
 const MOST_TRIES = 12;
 const LONGEST_WAIT_S = 60;
+const SHORTEST_PACE_MS = 20; // what arrives at once has no pace
 const DEFAULTS = 'groundswell.defaults';
 const MOST_PASSAGE_CHARS = 8000;
 const RUNNING = new Set(['waiting', 'streaming', 'retrying', 'key']);
@@ -295,9 +296,11 @@ export class Chat {
     message.wait = null;
     this.#running.delete(conversation.id);
     if (this.#conversations.get(conversation.id)) this.#save(conversation);
+    const stays = isAtEnd();
     this.#update(message, true);
     this.#arrange();
     this.#listConversations();
+    if (stays) toEnd();
   }
 
   /** Asks until there is an answer. What passes by itself is waited for; what has begun to arrive is never thrown away. */
@@ -381,7 +384,7 @@ export class Chat {
         this.#save(conversation);
       }
     }
-    if (first !== null && stats.tokens > 1 && last > first) stats.tokensPerS = (stats.tokens - 1) / ((last - first) / 1000);
+    if (first !== null && stats.tokens > 1 && last - first > SHORTEST_PACE_MS) stats.tokensPerS = (stats.tokens - 1) / ((last - first) / 1000);
   }
 
   #body(conversation, message) {
@@ -558,7 +561,8 @@ class AnswerView {
       if (!this.#message.content && !this.#message.calls.length) parts.push(h('p', { class: 'quiet' }, 'The model said nothing.'));
       if (this.#message.searched === 'failed') parts.push(h('p', {}, 'The documents could not be searched: this answer does without them.'));
     }
-    this.notice.classList.toggle('is-bad', state === 'failed' || state === 'retrying' || state === 'key');
+    this.notice.classList.toggle('is-bad', state === 'failed');
+    this.notice.classList.toggle('is-wait', state === 'retrying' || state === 'key');
     this.notice.hidden = parts.length === 0;
     this.notice.replaceChildren(...parts);
   }
@@ -568,7 +572,7 @@ class AnswerView {
     this.sources.hidden = sources.length === 0;
     this.sources.replaceChildren(
       ...sources.map((source) => {
-        const open = h('button', { type: 'button', class: 'source' }, h('span', { class: 'cite' }, String(source.number)), h('span', { class: 'name' }, source.filename), h('span', { class: 'snippet' }, source.text.trim().slice(0, 140)));
+        const open = h('button', { type: 'button', class: 'source' }, h('span', { class: 'cite' }, String(source.number)), h('span', { class: 'name' }, source.filename), h('span', { class: 'snippet' }, source.text.replace(/^#+ /gm, '').trim().slice(0, 140)));
         open.addEventListener('click', () => this.#on.oncite(source.number, open));
         return h('li', {}, open);
       }),

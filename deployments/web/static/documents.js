@@ -8,6 +8,7 @@ const AT_ONCE = 3;
 const POLL_MS = 1000;
 const MOST_TRIES = 6;
 const MOST_FILES = 500;
+const PIECE_CHARS = 280;
 
 export class Documents {
   #stores = [];
@@ -361,14 +362,21 @@ function badge(text, state) {
   return h('span', { class: 'badge', 'data-state': state }, text);
 }
 
-/** A piece of a text around the first word of a query, with its words marked. */
+/** The piece of a text that has most of a query's words, with those marked. */
 function highlighted(text, query) {
-  const words = [...new Set(query.toLowerCase().match(/[\p{L}\p{N}]{3,}/gu) ?? [])].slice(0, 12);
-  const line = text.replace(/\s+/g, ' ').trim();
-  if (!words.length) return [line.slice(0, 280)];
-  const pattern = new RegExp(`(${words.map((word) => word.replace(/[^\p{L}\p{N}]/gu, '')).join('|')})`, 'giu');
-  const first = Math.max(0, line.search(pattern) - 80);
-  const piece = line.slice(first, first + 280);
+  const all = [...new Set(query.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [])].slice(0, 16);
+  const long = all.filter((word) => word.length > 3); // short ones are everywhere
+  const words = long.length ? long : all;
+  const line = text.replace(/^#+ /gm, '').replace(/\s+/g, ' ').trim();
+  if (!words.length) return [line.slice(0, PIECE_CHARS)];
+  const pattern = new RegExp(`(?<![\\p{L}\\p{N}])(${words.join('|')})`, 'giu');
+  let [most, first] = [0, 0];
+  for (const { index } of line.matchAll(pattern)) {
+    const from = Math.max(0, index - 60);
+    const there = new Set(line.slice(from, from + PIECE_CHARS).toLowerCase().match(pattern)).size;
+    if (there > most) [most, first] = [there, from];
+  }
+  const piece = `${first ? '…' : ''}${line.slice(first, first + PIECE_CHARS)}`;
   return piece.split(pattern).map((part, i) => (i % 2 ? h('mark', {}, part) : part));
 }
 

@@ -134,10 +134,16 @@ export class FleetView {
       ['prefix hits', percent(model.prefix_hit_rate)],
     ];
     const parts = { spanS: SPAN_S };
+    const heading = h('header', {}, h('h2', {}, model.model), h('p', {}, statesText(model.states), wanted && h('span', { class: 'quiet' }, wanted)));
+    const engines = this.#feed.points(pick((each) => each.replicas.length));
+    if (!model.replicas.length && !engines.some(([, n]) => n)) {
+      const words = model.bounds?.[0] === 0 ? 'No engine runs. The first request starts one.' : 'No engine yet.';
+      return h('section', { class: 'model', 'aria-label': `Model ${model.model}` }, heading, h('p', { class: 'quiet' }, words));
+    }
     return h(
       'section',
       { class: 'model', 'aria-label': `Model ${model.model}` },
-      h('header', {}, h('h2', {}, model.model), h('p', {}, statesText(model.states), wanted && h('span', { class: 'quiet' }, wanted))),
+      heading,
       h('dl', { class: 'figures' }, numbers.map(([name, value]) => h('div', {}, h('dt', {}, name), h('dd', {}, value)))),
       h(
         'div',

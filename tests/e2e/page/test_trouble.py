@@ -119,7 +119,7 @@ def test_while_an_engine_loads_the_wait_says_so(scripted_server: Scripted, visit
     tab.open()
     tab.page.locator(".status", has_text="Loading tiny").wait_for()
     held: list[Any] = []
-    tab.page.route(CHAT, held.append)
+    tab.page.route(CHAT, lambda route: held.append(route))
     answer = tab.ask("Are you there?")
     notice(answer).get_by_text("1 engine of tiny is loading").wait_for()
     scripted_server.fleet_view = READY
