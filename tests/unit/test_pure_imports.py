@@ -21,6 +21,8 @@ PURE = (
     "deployments.fleet.admission",
     "deployments.fleet.channel",
     "deployments.fleet.client",
+    "deployments.fleet.view",
+    "deployments.fleet.vitals",
     "deployments.grounding.asgi",
     "deployments.grounding.layout",
     "deployments.outcomes",
@@ -35,6 +37,7 @@ PURE = (
     "deployments.retrieval.ingestion",
     "deployments.retrieval.records",
     "deployments.retrieval.search",
+    "deployments.web.page",
 )
 
 
