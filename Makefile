@@ -34,7 +34,7 @@ INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(ACCELERATOR)
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_TORCH)
 
-.PHONY: help serve install test check bench chaos ramp clean
+.PHONY: help serve install test check browser bench chaos ramp clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is.
@@ -45,7 +45,7 @@ serve: $(INSTALLED) ## Serve CONFIG (serve_config.yaml) on this machine until Ct
 
 install: $(INSTALLED) ## Install what `make serve` needs into .venv.
 
-test: check ## Check, then test: units, cluster files, Ray with a stub engine, the whole with vLLM.
+test: check browser ## Check, then test: units, cluster files, Ray with a stub engine, the whole with vLLM.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit tests/cluster/test_manifests.py tests/cluster/test_monitoring.py \
 	  tests/serve tests/e2e
 
@@ -54,6 +54,15 @@ check: $(INSTALLED_DEV) ## Lint, format, types (strict, see pyproject.toml) and 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Tests of the page are skipped without one, and say so: a browser is no reason for the others to fail.
+browser: ## Install Debian's Chromium for the tests of the page, where there is none and it can be.
+	@if [ -n "$$GROUNDSWELL_CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing Chromium"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+	    >/dev/null 2>&1 || echo "Chromium cannot be installed: tests of the page will be skipped" >&2; \
+	else echo "No Chromium, and only root can install it with apt-get: tests of the page will be skipped" >&2; fi
 
 bench: $(INSTALLED) ## Compare with other servers on this machine, over HTTP.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks

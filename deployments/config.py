@@ -64,6 +64,7 @@ class RouterConfig(_Frozen):
     isolate_prefix_cache: bool = Field(
         False, description="Prompts of one key reuse no KV cache of another's, and cannot be guessed by its timing."
     )
+    page: bool = Field(True, description="Whether `/` answers with the page, with or without keys.")
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     max_items: int = Field(2048, ge=1, description="Messages, prompts, texts or tools in one request.")
     max_header_count: int = Field(100, ge=10)

@@ -273,6 +273,7 @@ class Engine:
             stats.kv_cache_usage,
             self._llm.seconds_since_step if stalled_s is None else stalled_s,
             self._llm.unfinished if stalled_s is None else max(1, self._llm.unfinished),
+            stats.totals,
         )
 
     def _stalled_s(self) -> float | None:

@@ -6,7 +6,7 @@ as msgpack arrays, and begin with a version on the wire; there is no pickle on t
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -46,6 +46,36 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     secret: bytes
 
 
+class Totals(msgspec.Struct, frozen=True, array_like=True):
+    """What one engine replica has done since it started. Differences of two are what it did in between.
+
+    Attributes:
+        generated_tokens: Of all answers.
+        prompt_tokens: Of prompts whose first token is there; those from the prefix cache count too.
+        first_tokens: Requests that have had their first token.
+        first_token_s: Seconds they waited for it, all together, from their arrival in a Router.
+        prefix_queries: Prompt tokens that were looked up in the prefix cache.
+        prefix_hits: Those that were found.
+    """
+
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    first_tokens: int = 0
+    first_token_s: float = 0.0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+    def __sub__(self, earlier: Totals) -> Totals:
+        return Totals(*(a - b for a, b in zip(_values(self), _values(earlier), strict=True)))
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+
+
+def _values(totals: Totals) -> tuple[Any, ...]:
+    return msgspec.structs.astuple(totals)
+
+
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True):
     """How one engine replica is doing.
 
@@ -57,6 +87,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True):
         kv_cache_usage: 0 to 1.
         seconds_since_step: How long ago EngineCore finished a step, by the replica's own clock.
         unfinished: Requests that still want steps. Hung = some unfinished, and no step for too long.
+        totals: What it has done so far.
     """
 
     version: int
@@ -67,6 +98,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True):
     kv_cache_usage: float
     seconds_since_step: float
     unfinished: int
+    totals: Totals = Totals()
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True):

@@ -18,16 +18,18 @@ from deployments.access.fair_share import FairShare
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyRing, key_ring
 from deployments.config import AppConfig, AssistantConfig, ModelConfig
-from deployments.dispatch import App, Dispatcher
+from deployments.dispatch import Answer, App, Dispatcher
 from deployments.errors import EngineFailure, EngineUnavailable, ModelNotFound
 from deployments.fleet.client import Exchange, Fleet, Ticket
 from deployments.fleet.placement import Ledger
 from deployments.fleet.replica_watch import watch
+from deployments.fleet.view import Cached, View, deployments_of
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.file_search import Retriever
 from deployments.metrics import RayMetrics
-from deployments.serve_calls import Calls
+from deployments.serve_calls import Calls, ServeDetails
 from deployments.tracing import TracedApp, Tracing
+from deployments.web.page import Page
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,6 +41,8 @@ logger = logging.getLogger("ray.serve.groundswell.router")
 
 _FLEET_METRICS_PERIOD_S = 5.0
 _JOIN_RETRY_S = 2.0
+_VIEW_FOR_S = 1.0
+"""How old the answer of `/fleet` may be. However many look, the controller is asked no more often."""
 
 
 class Router:
@@ -63,6 +67,7 @@ class Router:
         self._metrics = RayMetrics()
         self._tracing = Tracing.start(config.tracing, "router") if config.tracing is not None else None
         self._models: list[_Model] = []
+        self._page = Page() if config.router.page else None
         self._keys = key_ring(config.router, os.environ)
         if self._keys is None:
             logger.warning("There are no API keys: whoever reaches the HTTP port may use it")
@@ -117,6 +122,7 @@ class Router:
                 "/version": _version,
                 "/v1/models": self._list_models,
                 "/metrics": _node_metrics,
+                "/fleet": self._fleet_view(),
             },
             lookups={"/v1/models/": self._find_model},
             max_body_bytes=self._config.router.max_body_bytes,
@@ -140,6 +146,7 @@ class Router:
             max_header_count=config.max_header_count,
             max_header_bytes=config.max_header_bytes,
             metrics=self._metrics,
+            open_pages=() if self._page is None else self._page.paths,
         )
         return gate if self._tracing is None else TracedApp(gate, self._tracing)
 
@@ -151,6 +158,10 @@ class Router:
         return Calls(self._documents[1], "The Retriever", timeout_s=timeout_s, tracing=self._tracing)
 
     def _mounted(self) -> dict[str, App]:
+        page = {} if self._page is None else dict.fromkeys(self._page.prefixes, self._page)
+        return page | self._document_paths()
+
+    def _document_paths(self) -> dict[str, App]:
         if self._config.documents is None or self._documents is None:
             return {}
         from deployments.retrieval.api import PREFIXES, documents_app
@@ -173,6 +184,26 @@ class Router:
         if self._keys is None or request_scope.caller() is not None:  # names and numbers are not for everybody
             body |= {"replicas": replicas, "loading": loading}
         return (503 if loading else 200), "application/json", json.dumps(body).encode()
+
+    def _fleet_view(self) -> Answer:
+        """Return what answers `/fleet`: all replicas of all models, and what they do."""
+        from ray import serve
+
+        context = serve.get_replica_context()
+        fleets = {model.deployment_name: model.fleet for model in self._models}
+        view = View(fleets, context.replica_id.unique_id, clock=time.monotonic, wall=time.time)
+        details = ServeDetails(timeout_s=2 * _VIEW_FOR_S)
+
+        async def make() -> bytes:
+            said = await details.get()
+            return json.dumps(view.body(None if said is None else deployments_of(said, context.app_name))).encode()
+
+        cached = Cached(make, _VIEW_FOR_S, clock=time.monotonic)
+
+        async def answer() -> tuple[int, str, bytes]:
+            return 200, "application/json", await cached.get()
+
+        return answer
 
     async def _list_models(self) -> tuple[int, str, bytes]:
         return 200, "application/json", json.dumps({"object": "list", "data": await self._cards()}).encode()
@@ -301,7 +332,7 @@ class _Model:
         from deployments.seam.args import frontend_config, model_names, parse_args
         from deployments.seam.stamps import Stamps
 
-        self.name = model.name
+        self.name, self.deployment_name = model.name, model.deployment_name
         self._args: Namespace = parse_args(model.name, model.engine_args, model.frontend_args)
         self._vllm_config = frontend_config(self._args)
         self.names = model_names(self._args)

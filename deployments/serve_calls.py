@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from deployments.tracing import Tracing
+
+
+logger = logging.getLogger("ray.serve.groundswell.calls")
 
 
 class Calls:
@@ -68,6 +72,32 @@ class PoolingCalls:
     async def score(self, query: str, texts: Sequence[str]) -> list[float]:
         """Return a score for each text; see `Engine.score`."""
         return await answered(self._handle.score.remote(query, list(texts)), self._what, self._timeout_s)
+
+
+class ServeDetails:
+    """Serve's account of one of its applications, as its controller gives it.
+
+    Args:
+        timeout_s: How long to wait for the controller.
+    """
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    async def get(self) -> dict[str, Any] | None:
+        """Return it; None where the controller does not answer now."""
+        from ray.exceptions import RayError
+        from ray.serve.context import _get_global_client
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            client: Any = _get_global_client()
+            async with asyncio.timeout(self._timeout_s):
+                details: dict[str, Any] = await client._controller.get_serve_instance_details.remote()
+                return details
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("Serve's controller does not say how the fleet is: %s", type(error).__name__)
+            return None
 
 
 async def answered(response: Any, what: str, timeout_s: float) -> Any:

@@ -41,6 +41,7 @@ class Gate:
         app: What it guards.
         keys: The keys that are good; None where none is needed.
         model_paths: Where a POST costs tokens.
+        open_pages: Files that hold no data and need no key to be read: the page at `/`, which asks for one itself.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Gate:
         max_header_count: int,
         max_header_bytes: int,
         metrics: Metrics,
+        open_pages: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app, self._keys, self._model_paths = app, keys, frozenset(model_paths)
         self._max_header_count, self._max_header_bytes = max_header_count, max_header_bytes
         self._metrics, self._clock = metrics, clock
+        self._open_pages = frozenset(open_pages)
         self._meters: dict[str, Meter] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +68,7 @@ class Gate:
         try:
             self._check_headers(scope)
             holder = self._holder(scope)
-            if holder is None and self._keys is not None and scope["path"] not in OPEN_PATHS:
+            if holder is None and self._keys is not None and not self._is_open(scope):
                 raise Unauthorized(_what_is_wrong(scope))
         except PublicError as error:
             self._metrics.inc("router_refused_requests", reason=error.code or "")
@@ -115,6 +118,11 @@ class Gate:
     def _holder(self, scope: Scope) -> KeyHolder | None:
         key = _presented(scope)
         return None if key is None or self._keys is None else self._keys.find(key)
+
+    def _is_open(self, scope: Scope) -> bool:
+        """Whether it is answered without a key. Paths are compared whole, never by their beginning."""
+        path = scope["path"]
+        return path in OPEN_PATHS or (scope["method"] in ("GET", "HEAD") and path in self._open_pages)
 
     def _estimate(self, scope: Scope) -> int | None:
         """Return about how many tokens a request's prompt has, before its body is read; None where nothing runs."""

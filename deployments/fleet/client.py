@@ -24,6 +24,7 @@ from deployments.errors import BadRequest, EngineFailure, EngineUnavailable, Pub
 from deployments.fleet.admission import Admission, Reservation
 from deployments.fleet.channel import Frames, Metrics, RouterEnd
 from deployments.fleet.placement import Booking, Ledger
+from deployments.fleet.vitals import Vitals
 
 logger = logging.getLogger("ray.serve.groundswell.fleet")
 
@@ -343,6 +344,10 @@ class Flight:
             self._complete.set_exception(EngineFailure(reason))
             self._complete.exception()  # retrieved: the attempt may have ended by itself
 
+    def is_waiting_in(self, fleet: Fleet) -> bool:
+        """Whether it is this fleet's, and no engine has taken it yet."""
+        return self._fleet is fleet and self._execution is None
+
     def close(self) -> None:
         """The client is done or gone: free whatever the request still holds."""
         if not self.task.done() and not self._submission.finished:
@@ -440,6 +445,8 @@ class Fleet:
         self._running: frozenset[str] = frozenset()
         self.replicas: dict[str, m.EngineDescription] = {}
         self.heartbeats: dict[str, m.Heartbeat] = {}
+        self.vitals: dict[str, Vitals] = {}
+        """Of a running replica also when it has been lost: until it is heard again, or Serve gives it up."""
 
     def admit(self, n: int) -> Reservation:
         """Let `n` sequences of a request in, or raise `Overloaded`."""
@@ -463,9 +470,20 @@ class Fleet:
         for gone in self._running - running:
             self.replicas.pop(gone, None)
             self.heartbeats.pop(gone, None)
+            self.vitals.pop(gone, None)
             self.ledger.forget(gone)
         self._running = running
         self._count_capacity()
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Replicas that Serve says run."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """Attempts of this Router that no engine has taken yet."""
+        return sum(flight.is_waiting_in(self) for flight in self.exchange.flights.values())
 
     @property
     def missing(self) -> frozenset[str]:
@@ -485,9 +503,9 @@ class Fleet:
 
     def on_heartbeat(self, heartbeat: m.Heartbeat) -> None:
         """Take over what a replica says of itself; a hung one loses its streams here, at once."""
-        replica = heartbeat.replica
-        hung = bool(heartbeat.unfinished) and heartbeat.seconds_since_step > self.config.engine_stall_timeout_s
+        replica, hung = heartbeat.replica, self.is_hung(heartbeat)
         self.heartbeats[replica] = heartbeat
+        self.vitals.setdefault(replica, Vitals()).note(heartbeat.totals, self.clock())
         self.ledger.report(
             replica,
             running=heartbeat.running,
@@ -498,6 +516,10 @@ class Fleet:
         if hung:
             self._lose_flights(replica, f"no engine step for {heartbeat.seconds_since_step:.0f} s")
 
+    def is_hung(self, heartbeat: m.Heartbeat) -> bool:
+        """Whether a replica owes a step and has made none for too long."""
+        return bool(heartbeat.unfinished) and heartbeat.seconds_since_step > self.config.engine_stall_timeout_s
+
     def lose_replica(self, replica: str, reason: str) -> None:
         """A replica cannot be heard: its requests go elsewhere now, and it gets no other until it has joined again."""
         self.heartbeats.pop(replica, None)
@@ -507,6 +529,8 @@ class Fleet:
             self.replicas.pop(replica, None)
             self._count_capacity()
             self._on_missing()
+        else:
+            self.vitals.pop(replica, None)
         self._lose_flights(replica, reason)
 
     def _lose_flights(self, replica: str, reason: str) -> None:

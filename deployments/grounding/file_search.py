@@ -124,16 +124,21 @@ class Answering:
     note_in_text: bool = False
 
     def annotations(self, citations: Iterable[Citation]) -> list[Body]:
-        """Return citations as OpenAI's annotations."""
-        return [
-            {
+        """Return citations as OpenAI's annotations, and which of the results each cites: a field of ours."""
+        places = {(hit.file_id, hit.position): i for i, hit in reversed(list(enumerate(self.found)))}
+        annotations = []
+        for citation in citations:
+            passage = self.cited_as[citation.id]
+            annotation = {
                 "type": "file_citation",
-                "file_id": self.cited_as[citation.id].file_id,
-                "filename": self.cited_as[citation.id].filename,
+                "file_id": passage.file_id,
+                "filename": passage.filename,
                 "index": citation.index,
             }
-            for citation in citations
-        ]
+            if (place := places.get((passage.file_id, passage.position))) is not None:
+                annotation["result_index"] = place
+            annotations.append(annotation)
+        return annotations
 
     def postscript(self, annotations: Sequence[Body]) -> str:
         """Return what follows the text, for people whose clients show nothing but text."""

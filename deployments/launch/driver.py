@@ -44,6 +44,7 @@ class Settings:
         metrics_port: Of Ray's Prometheus endpoint.
         verbose: Whether the logs of all processes come to the terminal.
         needs_key: Whether clients need an API key.
+        page: Whether there is a page at `/`.
     """
 
     config: dict[str, Any]
@@ -55,6 +56,7 @@ class Settings:
     metrics_port: int
     verbose: bool
     needs_key: bool = False
+    page: bool = True
 
     def to_json(self) -> str:
         """Return the settings as the driver's argument."""
@@ -121,6 +123,7 @@ def ready_message(settings: Settings) -> str:
     lines = [
         "",
         f"Groundswell is ready at {settings.url}/v1",
+        *([f"  page       {settings.url}/"] if settings.page else []),
         f"  models     {', '.join(settings.models) or 'none'}",
         f"  keys       {'needed' if settings.needs_key else 'none: it listens on loopback only'}",
         f"  metrics    http://127.0.0.1:{settings.metrics_port}/metrics",

@@ -80,6 +80,7 @@ def _start_driver(
         metrics_port=free_port(preferred=8080),
         verbose=verbose,
         needs_key=needs_key,
+        page=any(app.router.page for app in config.ours),
     )
     with open(folder / "driver.log", "wb") as log:
         # A session of its own: the terminal's Ctrl-C is for us alone.

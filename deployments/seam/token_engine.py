@@ -26,6 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from deployments.messages import Totals
 from deployments.seam import guard, logs
 from deployments.seam.args import engine_args, lora_requests
 
@@ -76,11 +77,14 @@ class _TokenOutputProcessor(OutputProcessor):
 
 
 class EngineStats(StatLoggerBase):
-    """What heartbeats say of EngineCore: its queues, and when it last finished a step."""
+    """What heartbeats say of EngineCore: its queues, when it last finished a step, and what it has done so far."""
 
     def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
         self.running = self.waiting = self.steps = 0
         self.kv_cache_usage = 0.0
+        self._generated_tokens = self._prompt_tokens = self._first_tokens = 0
+        self._first_token_s = 0.0
+        self._prefix_queries = self._prefix_hits = 0
         self.last_step = time.monotonic()
 
     def record(
@@ -92,6 +96,24 @@ class EngineStats(StatLoggerBase):
             self.running = scheduler_stats.num_running_reqs
             self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             self.kv_cache_usage = scheduler_stats.kv_cache_usage
+            self._prefix_queries += scheduler_stats.prefix_cache_stats.queries
+            self._prefix_hits += scheduler_stats.prefix_cache_stats.hits
+        if iteration_stats is not None:
+            self._generated_tokens += iteration_stats.num_generation_tokens
+            self._prompt_tokens += iteration_stats.num_prompt_tokens
+            self._first_tokens += len(iteration_stats.time_to_first_tokens_iter)
+            self._first_token_s += sum(iteration_stats.time_to_first_tokens_iter)
+
+    @property
+    def totals(self) -> Totals:
+        return Totals(
+            self._generated_tokens,
+            self._prompt_tokens,
+            self._first_tokens,
+            self._first_token_s,
+            self._prefix_queries,
+            self._prefix_hits,
+        )
 
     def log_engine_initialized(self) -> None:
         pass

@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.outputs import LogprobsLists
 
 from deployments.dispatch import App
-from deployments.errors import Overloaded
+from deployments.errors import EngineUnavailable, Overloaded
 from deployments.seam.args import frontend_config, parse_args
 from deployments.seam.engine_client import FleetClient, RequestSubmission
 from deployments.seam.frontend import build_model_app
@@ -49,7 +49,9 @@ class StubFlight:
                     reason = None if scripts[index] else FinishReason.STOP
                     output = EngineCoreOutput(str(index), said, self._logprobs(said), finish_reason=reason)
                     self._submission.deliver(output, None)
-            await asyncio.sleep(0)
+            await asyncio.sleep(fleet.pause_s)
+            if fleet.fails_after is not None and self._submission.progress >= fleet.fails_after:
+                return self._submission.fail(EngineUnavailable("The engines failed."))
             if fleet.hangs:
                 await asyncio.Event().wait()
 
@@ -75,6 +77,8 @@ class ScriptedFleet:
         cut_after: After how many tokens of its only sequence an engine fails, once.
         recovered: How requests began again at another.
         full: Whether it refuses requests.
+        pause_s: Between two deltas.
+        fails_after: After how many tokens a request ends in an error.
         prompts: What it was asked, as text.
         started: Set when a request arrives.
     """
@@ -85,6 +89,8 @@ class ScriptedFleet:
         self.answers: Sequence[str] = ["An answer."]
         self.step = 1
         self.hangs = self.full = False
+        self.pause_s = 0.0
+        self.fails_after: int | None = None
         self.cut_after: int | None = None
         self.recovered: list[str] = []
         self.prompts: list[str] = []
@@ -107,16 +113,19 @@ class ScriptedFleet:
         return self.flights[-1]
 
 
-async def scripted_app(folder: Path, **options: Any) -> tuple[App, ScriptedFleet, FleetClient]:
+async def scripted_app(
+    folder: Path, fleet: ScriptedFleet | None = None, **options: Any
+) -> tuple[App, ScriptedFleet, FleetClient]:
     """Return vLLM's app for the tiny model, the fleet under it, and the client between them.
 
     Args:
+        fleet: One of the test's own.
         options: More engine and front-end arguments.
     """
     engine_args = {"model": str(tiny_random.write(folder)), "dtype": "float32", "max_model_len": 2048}
     with mock.patch.dict(os.environ, VLLM_TARGET_DEVICE="cpu"):  # as in a Router
         args = parse_args("tiny", engine_args, options)
-        fleet = ScriptedFleet()
+        fleet = fleet or ScriptedFleet()
         client = FleetClient(fleet, frontend_config(args), ("generate",))
         fleet.tokenizer = client.renderer.tokenizer
         return await build_model_app(args, client), fleet, client

@@ -311,6 +311,8 @@ class TestProgress:
         settings = Settings({}, "http://127.0.0.1:8000", ("tiny",), "/tmp/x", False, 8265, 8080, False)
         message = ready_message(settings)
         assert "http://127.0.0.1:8000/v1" in message
+        assert "page       http://127.0.0.1:8000/\n" in message
+        assert "page  " not in ready_message(replace(settings, page=False))
         assert '"model": "tiny"' in message
         assert '"stream": true' in message
         assert "loopback only" in message and "authorization" not in message

@@ -23,6 +23,7 @@ from tests.unit.recording import LIMIT_S, Recorder
 
 MODEL = ModelConfig(name="tiny", engine_args={"model": "m"})
 ADDRESS = m.ChannelAddress("router", "tcp://127.0.0.1:1", None, b"secret")
+TOTALS = m.Totals(generated_tokens=100, first_tokens=2, first_token_s=0.5)
 
 
 class StubClientError(Exception):
@@ -73,7 +74,7 @@ class StubLLM:
         self.errored = False
         self.unfinished = 0
         self.seconds_since_step = 0.0
-        self.stats = SimpleNamespace(running=2, waiting=1, kv_cache_usage=0.25, steps=0)
+        self.stats = SimpleNamespace(running=2, waiting=1, kv_cache_usage=0.25, steps=0, totals=TOTALS)
 
     async def add(self, request: Any, sink: Any) -> None:
         if self.refuse is not None:
@@ -382,7 +383,7 @@ async def test_an_abort_of_another_stream_or_execution_is_ignored(
 def test_a_heartbeat_says_what_the_engine_says() -> None:
     bench = Bench()
     bench.llm.unfinished, bench.llm.seconds_since_step = 3, 0.5
-    assert bench.engine._beat() == m.Heartbeat(m.VERSION, "e1", "tiny", 2, 1, 0.25, 0.5, 3)
+    assert bench.engine._beat() == m.Heartbeat(m.VERSION, "e1", "tiny", 2, 1, 0.25, 0.5, 3, TOTALS)
 
 
 @pytest.mark.parametrize(

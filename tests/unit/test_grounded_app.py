@@ -168,7 +168,7 @@ async def test_a_question_is_searched_for_laid_out_and_its_answer_annotated() ->
     message = answer["choices"][0]["message"]
     assert (status, message["content"]) == (200, "Twice a day.")
     assert message["annotations"] == [
-        {"type": "file_citation", "file_id": "file-1", "filename": "tides.md", "index": 11}
+        {"type": "file_citation", "file_id": "file-1", "filename": "tides.md", "index": 11, "result_index": 0}
     ]
     fields = message["provider_specific_fields"]
     assert fields["search_results"][0]["search_query"] == "When does the tide turn?"

@@ -22,6 +22,8 @@ PURE = (
     "deployments.fleet.autoscaling",
     "deployments.fleet.channel",
     "deployments.fleet.client",
+    "deployments.fleet.view",
+    "deployments.fleet.vitals",
     "deployments.grounding.asgi",
     "deployments.grounding.layout",
     "deployments.outcomes",
@@ -36,6 +38,7 @@ PURE = (
     "deployments.retrieval.ingestion",
     "deployments.retrieval.records",
     "deployments.retrieval.search",
+    "deployments.web.page",
 )
 
 

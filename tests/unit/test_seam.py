@@ -157,6 +157,30 @@ def test_every_route_of_vllms_app_is_mounted_or_left_out_by_reason(tmp_path: Pat
     assert routes - known == set(), "vLLM has new routes: mount them or name why not, in seam/frontend.py"
 
 
+def test_no_route_of_vllms_collides_with_ours() -> None:
+    from deployments.web.page import PREFIX
+
+    known = frontend.MOUNTED | {path for paths in frontend.NOT_MOUNTED.values() for path in paths}
+    assert not any(path in ("/", "/fleet", PREFIX) or path.startswith(f"{PREFIX}/") for path in known)
+
+
+def test_totals_add_up_what_vllm_says_of_each_step() -> None:
+    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+    from deployments.messages import Totals
+    from deployments.seam.token_engine import EngineStats
+
+    stats = EngineStats()
+    for first, generated in (([0.5, 0.25], 2), ([], 30)):
+        scheduler, iteration = SchedulerStats(), IterationStats()
+        scheduler.prefix_cache_stats.record(num_tokens=100, num_hits=16, preempted=False)
+        iteration.num_generation_tokens, iteration.time_to_first_tokens_iter = generated, list(first)
+        iteration.prompt_token_stats.total = 100 * len(first)
+        stats.record(scheduler, iteration)
+    stats.record(None, None)
+    assert stats.totals == Totals(32, 200, 2, 0.75, 200, 32)
+
+
 def test_options_arrive_as_from_the_command_line() -> None:
     args = parse_args(
         "m",
