@@ -185,7 +185,8 @@ class Groundswell(Server):
         self._further_models, self._engines = further_models, engines
         self._router = {"fleet": dict(fleet or {}), **(router or {})}
 
-    def command(self, port: int) -> list[str]:
+    def config(self, port: int) -> dict[str, Any]:
+        """Return the Serve config."""
         model = {
             "name": MODEL_NAME,
             "engine_args": dict(self.settings.engine_args),
@@ -203,9 +204,11 @@ class Groundswell(Server):
             "import_path": "deployments.app:build",
             "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}, **self._router}},
         }
-        config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
-        path = self.folder / "groundswell.yaml"
-        path.write_text(json.dumps(config, indent=2))  # JSON is YAML
+        return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
+
+    def command(self, port: int) -> list[str]:
+        path = self.folder / f"{self.name}.yaml"
+        path.write_text(json.dumps(self.config(port), indent=2))  # JSON is YAML
         return [sys.executable, "-m", "deployments.cli", "serve", str(path), "--port", str(port)]
 
     def _share_of_gpu(self) -> dict[str, Any]:
