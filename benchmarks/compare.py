@@ -27,6 +27,7 @@ from benchmarks.servers import (
     EngineSettings,
     Groundswell,
     Server,
+    ServerError,
     has_cuda_build,
     make_model,
     settings,
@@ -235,7 +236,8 @@ def compare(options: Options, say: Callable[[str], None]) -> dict[str, Measured]
             for turn in range(options.rounds):
                 for names in _groups(options):
                     for name, server in servers.items():
-                        run.start(name, server)
+                        if not run.start(name, server):
+                            continue
                         for workload in names:
                             run.turn(name, server, workload, turn)
                         if options.in_turn:
@@ -247,7 +249,9 @@ def compare(options: Options, say: Callable[[str], None]) -> dict[str, Measured]
         finally:
             for server in servers.values():
                 server.stop()
-    return run.measured
+    if not run.left:
+        raise ServerError("no system started")
+    return run.left
 
 
 def _groups(options: Options) -> Iterable[tuple[str, ...]]:
@@ -262,17 +266,31 @@ class _Run:
         self, options: Options, model: Path, measured: dict[str, Measured], say: Callable[[str], None]
     ) -> None:
         self._options, self._model, self.measured, self._say = options, model, measured, say
+        self._out: set[str] = set()
 
-    def start(self, name: str, server: Server) -> None:
-        """Start a system unless it runs; until its first token is back."""
+    @property
+    def left(self) -> dict[str, Measured]:
+        """The numbers of those systems that started every time."""
+        return {name: measured for name, measured in self.measured.items() if name not in self._out}
+
+    def start(self, name: str, server: Server) -> bool:
+        """Start a system unless it runs, until its first token is back; one that once did not start is left out."""
+        if name in self._out:
+            return False
         if server.processes():
-            return
+            return True
         begin = time.monotonic()
-        server.start()
+        try:
+            server.start()
+        except ServerError as problem:
+            self._out.add(name)
+            self._say(f"{name} is left out: {problem}")
+            return False
         send(Load(server.url, MODEL_NAME, 1, 1, 1))
         self.measured[name].first_token_s.append(time.monotonic() - begin)
         self._say(f"{name}: first token after {time.monotonic() - begin:.0f} s")
         send(Load(server.url, MODEL_NAME, 32, 1, 32, seed=-1))  # warms caches, connections and code
+        return True
 
     def idle(self, name: str, server: Server) -> None:
         """Measure what a system uses when nobody asks it anything."""
@@ -313,7 +331,7 @@ class _Run:
         """Return the requests per second that are 100%, the same for all systems."""
         if self._options.capacity is not None:
             return self._options.capacity
-        measured = self.measured.get("bare", next(iter(self.measured.values())))
+        measured = self.left.get("bare", next(iter(self.left.values())))
         return measured.cases[CAPACITY_OF].requests_per_s
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from deployments.config import INDEXER_NAME, RETRIEVER_NAME, ROUTER_NAME, AppCon
 from deployments.engine import Engine
 from deployments.errors import ConfigError
 from deployments.indexer import Indexer
+from deployments.outline import Outline, outline
 from deployments.retriever import Retriever
 from deployments.router import Router
 
@@ -37,14 +37,16 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def assemble(config: AppConfig, engine: type) -> Application:
-    """Build the app around an Engine class: the real one, or a stub in tests."""
-    from deployments.seam.args import model_names, parse_args
+    """Build the app around an Engine class: the real one, or a stub in tests.
 
+    Loads no vLLM unless a model's options are written in a way that only its parser reads: nothing else starts before
+    this has returned. What only that parser refuses is refused by the Router, a moment later.
+    """
     if configured(config.router, os.environ):
         config = _sharing_fairly(config)
-    parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
-    config.check_assistants([name for args in parsed.values() for name in model_names(args)])
-    engines = {model.name: _engine(engine, model, config, parsed[model.name]) for model in config.models}
+    outlines = {model.name: outline(model) for model in config.models}
+    config.check_assistants([name for known in outlines.values() for name in known.names])
+    engines = {model.name: _engine(engine, model, config, outlines[model.name]) for model in config.models}
     options = _deployment_options(_router_defaults(), config.router.deployment)
     ingress = serve.ingress()(Router)
     documents = _documents(config, engines) if config.documents is not None else None
@@ -146,20 +148,19 @@ def _router_defaults() -> dict[str, Any]:
     }
 
 
-def _engine(engine: type, model: ModelConfig, config: AppConfig, args: Namespace) -> Application:
-    options = _deployment_options(engine_defaults(args, gpu=_has_cuda_build()), model.deployment)
+def _engine(engine: type, model: ModelConfig, config: AppConfig, known: Outline) -> Application:
+    options = _deployment_options(engine_defaults(known, gpu=_has_cuda_build()), model.deployment)
     return serve.deployment(engine, name=model.deployment_name, **options).bind(model, config.router.fleet)
 
 
-def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
+def engine_defaults(known: Outline, *, gpu: bool) -> dict[str, Any]:
     """Return the Serve options of an Engine deployment, before the user's own are laid over them.
 
     Args:
-        args: The model's parsed arguments.
+        known: What its model's options say.
         gpu: Whether engines run on GPUs here.
     """
-    max_num_seqs = args.max_num_seqs
-    gpus = args.tensor_parallel_size * args.pipeline_parallel_size
+    max_num_seqs, gpus = known.max_num_seqs, known.gpus
     return {
         "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus} if gpu else {"num_cpus": 0.5},
         # An engine's batch, and a little to draw from; the rest waits in the Router, where new replicas can take it.

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from deployments.errors import ConfigError
+from deployments.outline import MAX_NUM_SEQS
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -63,8 +64,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "enable_prompt_tokens_details": True,
     "enable_flash_late_interaction": False,
     "mm_processor_cache_gb": 0,
-    # vLLM's own default hangs on the GPU's memory, which a Router and the autoscaler cannot see.
-    "max_num_seqs": 256,
+    "max_num_seqs": MAX_NUM_SEQS,
 }
 """What a fleet needs other than vLLM's defaults: nothing may live in one Router or one engine alone."""
 
