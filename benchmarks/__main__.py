@@ -1,18 +1,28 @@
-"""`python -m benchmarks`: the comparison as a table, then the same numbers as one JSON line."""
+"""`python -m benchmarks`: the comparison as a table, then the same numbers as one JSON line, and as pictures."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from benchmarks import compare, console
+from benchmarks import compare, console, plots
 from benchmarks.servers import ServerError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 1 if a server did not start or a request failed."""
     given = _parser().parse_args(arguments)
-    options = compare.Options(given.clients, given.requests, given.tokens, given.rounds, given.in_turn)
+    options = compare.Options(
+        tuple(given.systems),
+        tuple(given.workloads),
+        given.replicas,
+        given.rounds,
+        given.in_turn,
+        given.ttft_slo,
+        given.tpot_slo,
+        given.capacity,
+    )
     console.stop_in_order()
     try:
         measured = compare.compare(options, console.say)
@@ -20,20 +30,32 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks: {problem}", file=sys.stderr)
         return 1
     print(f"\n{compare.table(options, measured)}")
-    console.report(compare.as_json(options, measured), given.json)
-    return 1 if any(m.many.failed or m.one.failed for m in measured.values()) else 0
+    numbers = compare.as_json(options, measured)
+    console.report(numbers, given.json)
+    if given.plots is not None:
+        for file in plots.draw(numbers, given.plots):
+            print(file)
+    return 1 if any(case.failed for m in measured.values() for case in m.cases.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     defaults = compare.Options()
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Groundswell with one engine against vLLM's own server, over HTTP."
+        prog="python -m benchmarks", description="Groundswell against what it would replace, over HTTP."
     )
-    parser.add_argument("--clients", type=int, default=defaults.clients, help="concurrent clients of the main case")
-    parser.add_argument("--requests", type=int, default=defaults.requests, help="requests of each client in a round")
-    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="output tokens of each request")
-    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="turns of each server")
-    parser.add_argument("--in-turn", action="store_true", help="keep only one server up at a time (slow)")
+    parser.add_argument("--systems", nargs="+", choices=compare.SYSTEMS, default=list(defaults.systems))
+    parser.add_argument("--workloads", nargs="+", choices=compare.WORKLOADS, default=list(defaults.workloads))
+    parser.add_argument("--replicas", type=int, default=defaults.replicas, help="engines of each system")
+    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="turns of each system")
+    parser.add_argument("--in-turn", action="store_true", help="keep only one system up at a time (slow)")
+    parser.add_argument(
+        "--ttft-slo", type=float, default=defaults.ttft_slo_s, help="seconds: a good request's first token"
+    )
+    parser.add_argument(
+        "--tpot-slo", type=float, default=defaults.tpot_slo_s, help="seconds: each further token of a good request"
+    )
+    parser.add_argument("--capacity", type=float, help="requests/s that are 100%%; else as chat-32 finds it")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw pictures there (needs matplotlib)")
     console.add_json(parser)
     return parser
 

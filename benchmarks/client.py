@@ -1,8 +1,9 @@
-"""The load: closed-loop chat clients, in a process of its own so that measuring costs the servers as little as it can.
+"""The load: chat clients, in a process of its own so that measuring costs the servers as little as it can.
 
     python -m benchmarks.client '{"url": "http://127.0.0.1:8000", "model": "tiny", "clients": 32, …}'
 
-Prints one JSON line, a `Result`. Each client sends its next request when it has read the last byte of the one before.
+Prints one JSON line, a `Result`. Each client sends its next request when it has read the last byte of the one before;
+with a `rate`, requests come at random instead, whatever has become of those before (Poisson arrivals).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import random
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,8 +31,9 @@ class Load:
 
     Attributes:
         url: The server, without `/v1`.
-        clients: Requests in flight at any time.
+        clients: Requests in flight at any time; with a `rate`, only a factor of their number.
         requests: Requests of each client, one after the other.
+        rate: Arrivals a second; 0 for clients that wait for their answers.
         tokens: Output tokens of each request, exactly: `min_tokens`, `max_tokens` and `ignore_eos`.
         prompt_words: Length of each prompt. No two prompts of a load are the same.
         seed: Of the prompts. The same seed asks every server the same.
@@ -48,6 +49,7 @@ class Load:
     prompt_words: int = 40
     seed: int = 0
     stream: bool = True
+    rate: float = 0.0
     request_timeout_s: float = 120.0
 
 
@@ -59,29 +61,42 @@ class Result:
         wall_s: From the first request to the end of the last answer.
         tokens: Output tokens, by the servers' own `usage`, of requests that did not fail.
         events: Server-sent events, `[DONE]` included: fewer than tokens where a server merges them.
+        prompt_tokens: Of those, likewise.
         completed: Requests that came back whole.
-        errors: Requests that did not, by reason.
+        rejected: Requests that were refused at once for overload: HTTP 429 or 503.
+        errors: Requests that did not, by reason, rejected ones included.
         ttft_s: Per request, to the first event with text in it.
-        tpot_s: Per request, from there to the last event, divided by the tokens after the first.
+        tpot_s: Per request, from there to the last event, divided by the tokens after the first; 0 with one token.
         client_cpu_s: This process's own.
     """
 
     wall_s: float = 0.0
     tokens: int = 0
+    prompt_tokens: int = 0
     events: int = 0
     completed: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
+    rejected: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
     ttft_s: list[float] = field(default_factory=list)
     tpot_s: list[float] = field(default_factory=list)
     client_cpu_s: float = 0.0
 
     @property
     def failed(self) -> int:
-        return sum(self.errors.values())
+        """Requests that failed though nobody refused them."""
+        return sum(self.errors.values()) - self.rejected
+
+    def good(self, ttft_s: float, tpot_s: float) -> int:
+        """Return how many requests kept to both limits."""
+        return sum(a <= ttft_s and b <= tpot_s for a, b in zip(self.ttft_s, self.tpot_s, strict=True))
 
 
 class RequestFailed(Exception):
     """Not the answer that was asked for."""
+
+
+class Rejected(RequestFailed):
+    """The server has too much to do, and says so."""
 
 
 def bodies(load: Load, client: int) -> list[bytes]:
@@ -110,10 +125,23 @@ async def run(load: Load) -> Result:
         connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=headers
     ) as session:
         started, cpu = time.perf_counter(), time.process_time()
-        await asyncio.gather(*(_client(session, load, requests, result) for requests in work))
+        if load.rate:
+            await _arrivals(session, load, [body for requests in work for body in requests], result)
+        else:
+            await asyncio.gather(*(_client(session, load, requests, result) for requests in work))
         result.wall_s = time.perf_counter() - started
         result.client_cpu_s = time.process_time() - cpu
     return result
+
+
+async def _arrivals(session: aiohttp.ClientSession, load: Load, requests: list[bytes], result: Result) -> None:
+    rng, loop = random.Random(f"{load.seed}/arrivals"), asyncio.get_running_loop()
+    due = loop.time()
+    async with asyncio.TaskGroup() as group:
+        for body in requests:
+            due += rng.expovariate(load.rate)
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            group.create_task(_client(session, load, [body], result))
 
 
 async def _client(session: aiohttp.ClientSession, load: Load, requests: list[bytes], result: Result) -> None:
@@ -122,14 +150,16 @@ async def _client(session: aiohttp.ClientSession, load: Load, requests: list[byt
         try:
             await send(session, load, body, result)
         except (aiohttp.ClientError, TimeoutError, RequestFailed, ValueError, OSError) as error:
-            result.errors[f"{type(error).__name__}: {error}"[:200]] += 1
+            reason = f"{type(error).__name__}: {error}"[:200]
+            result.errors[reason] = result.errors.get(reason, 0) + 1
+            result.rejected += isinstance(error, Rejected)
 
 
 async def _whole(session: aiohttp.ClientSession, load: Load, body: bytes, result: Result) -> None:
     async with session.post(f"{load.url}/v1/chat/completions", data=body) as response:
         answer = await response.read()
         if response.status != 200:
-            raise RequestFailed(f"HTTP {response.status} {answer[:120]!r}")
+            raise _refusal(response.status, answer)
         _count(json.loads(answer), load, result)
 
 
@@ -140,7 +170,7 @@ async def _streamed(session: aiohttp.ClientSession, load: Load, body: bytes, res
     before, latest, rest = b"", b"", b""
     async with session.post(f"{load.url}/v1/chat/completions", data=body) as response:
         if response.status != 200:
-            raise RequestFailed(f"HTTP {response.status} {(await response.read())[:120]!r}")
+            raise _refusal(response.status, await response.read())
         async for data in response.content.iter_any():
             last = time.perf_counter()
             *whole, rest = (rest + data).split(b"\n\n")
@@ -154,8 +184,13 @@ async def _streamed(session: aiohttp.ClientSession, load: Load, body: bytes, res
         raise RequestFailed(f"the stream ended with {before[:120]!r} {latest[:120]!r}")
     tokens = _count(json.loads(before[6:]), load, result)
     result.ttft_s.append(first - started)
-    if tokens > 1:
-        result.tpot_s.append((last - first) / (tokens - 1))
+    result.tpot_s.append((last - first) / (tokens - 1) if tokens > 1 else 0.0)
+
+
+def _refusal(status: int, answer: bytes) -> RequestFailed:
+    """Return the error for an answer other than 200, the same for all that say the same."""
+    words = answer[:120] if status not in (429, 503) else b""  # they count requests
+    return (Rejected if status in (429, 503) else RequestFailed)(f"HTTP {status} {words.decode(errors='replace')}")
 
 
 def _has_text(event: bytes) -> bool:
@@ -168,6 +203,7 @@ def _count(answer: dict[str, Any], load: Load, result: Result) -> int:
     if tokens != load.tokens:
         raise RequestFailed(f"{tokens} tokens in place of {load.tokens}")
     result.tokens += tokens
+    result.prompt_tokens += int(answer["usage"].get("prompt_tokens", 0))
     result.completed += 1
     return tokens
 

@@ -1,7 +1,7 @@
-"""Groundswell with one engine replica beside the bare vLLM server: what the fleet costs when it is a fleet of one.
+"""Groundswell beside what somebody would use instead, over HTTP: same model, engine settings, client and requests.
 
-Both engines get the same model, arguments and environment, both servers the same requests in the same order, in turns:
-A B A B. Both stay up, and an idle one is measured too, because whatever it used would be taken from the other.
+The systems take turns, A B C A B C. All stay up, and each one's idle CPU is measured too, because whatever an idle one
+uses is taken from the others; with `in_turn` only one is up at a time, and is started for each of its turns.
 """
 
 from __future__ import annotations
@@ -13,17 +13,66 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from benchmarks.client import Load, Result
-from benchmarks.servers import MODEL_NAME, ROOT, BareVllm, Groundswell, Server, has_cuda_build, make_model, settings
+from benchmarks.client import WORDS, Load, Result
+from benchmarks.peers import BalancedVllm, DirectRayServeLlm, FastRayServeLlm, RayServeLlm
+from benchmarks.servers import (
+    MODEL_NAME,
+    ROOT,
+    BareVllm,
+    EngineSettings,
+    Groundswell,
+    Server,
+    ServerError,
+    has_cuda_build,
+    make_model,
+    settings,
+)
 from benchmarks.usage import CpuByName, Meter
 
-IDLE_S = 5.0
-SINGLE_CLIENT_REQUESTS = 6
+IDLE_S: Final = 5.0
+SYSTEMS: Final = ("groundswell", "bare", "ray-llm", "ray-llm-fast", "ray-llm-direct")
+MAX_MODEL_LEN: Final = 4096
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What clients send.
+
+    Attributes:
+        title: For people.
+        prompt_tokens: Of each prompt, about.
+        tokens: Of each answer, exactly.
+        clients: Requests in flight; 0 for Poisson arrivals.
+        requests: Of each client in a round; of all of them, with Poisson arrivals.
+        share: Of what the bare server can do, for Poisson arrivals.
+    """
+
+    title: str
+    prompt_tokens: int
+    tokens: int
+    clients: int
+    requests: int
+    share: float = 0.0
+
+
+WORKLOADS: Final[Mapping[str, Workload]] = {
+    "chat-1": Workload("chat, 1 client", 128, 128, 1, 6),
+    "chat-8": Workload("chat, 8 clients", 128, 128, 8, 4),
+    "chat-32": Workload("chat, 32 clients", 128, 128, 32, 3),
+    "chat-64": Workload("chat, 64 clients", 128, 128, 64, 2),
+    "long": Workload("long prompts, 8 clients", 2000, 64, 8, 3),
+    "short": Workload("short answers, 32 clients", 64, 8, 32, 12),
+    "poisson-50": Workload("arrivals at 50%", 128, 128, 0, 120, 0.5),
+    "poisson-80": Workload("arrivals at 80%", 128, 128, 0, 160, 0.8),
+    "poisson-110": Workload("arrivals at 110%", 128, 128, 0, 220, 1.1),
+}
+CAPACITY_OF: Final = "chat-32"
+"""Whose requests per second, at the bare server, are 100%."""
 
 
 @dataclass(frozen=True)
@@ -31,42 +80,59 @@ class Options:
     """What to compare.
 
     Attributes:
-        clients: Concurrent clients of the main case.
-        requests: Requests of each, per round.
-        tokens: Output tokens of each request.
-        rounds: Turns of each server.
-        in_turn: Start a server for each of its turns, and stop it after: slow, for machines that hold only one.
+        systems: Of `SYSTEMS`; ratios are to the bare server.
+        workloads: Of `WORKLOADS`.
+        replicas: Engines of each system.
+        rounds: Turns of each system.
+        in_turn: Start a system for each of its turns, and stop it after: slow, for machines that hold only one.
+        ttft_slo_s: A request is good if its first token took no longer,
+        tpot_slo_s: and each further one no longer than this.
+        capacity: Requests a second that are 100%, where `chat-32` is not measured in the same run.
     """
 
-    clients: int = 32
-    requests: int = 4
-    tokens: int = 128
+    systems: tuple[str, ...] = ("groundswell", "bare")
+    workloads: tuple[str, ...] = ("chat-32", "chat-1")
+    replicas: int = 1
     rounds: int = 3
     in_turn: bool = False
+    ttft_slo_s: float = 1.0
+    tpot_slo_s: float = 0.1
+    capacity: float | None = None
 
 
 @dataclass
 class Case:
-    """All rounds of one load on one server."""
+    """All rounds of one workload on one system."""
 
     results: list[Result] = field(default_factory=list)
     cpu_s: Counter[str] = field(default_factory=Counter)
 
     @property
-    def tokens_per_s(self) -> list[float]:
-        return [r.tokens / r.wall_s for r in self.results]
+    def tokens_per_s(self) -> float:
+        return statistics.median(r.tokens / r.wall_s for r in self.results)
 
     @property
-    def tokens(self) -> int:
-        return sum(r.tokens for r in self.results)
+    def requests_per_s(self) -> float:
+        return statistics.median(r.completed / r.wall_s for r in self.results)
 
     @property
     def failed(self) -> int:
         return sum(r.failed for r in self.results)
 
     @property
+    def rejected(self) -> float:
+        """Share of the requests that were refused for overload."""
+        return sum(r.rejected for r in self.results) / max(
+            1, sum(r.completed + sum(r.errors.values()) for r in self.results)
+        )
+
+    @property
     def errors(self) -> Counter[str]:
         return sum((Counter(r.errors) for r in self.results), Counter())
+
+    def goodput(self, options: Options) -> float:
+        """Return good requests per second."""
+        return statistics.median(r.good(options.ttft_slo_s, options.tpot_slo_s) / r.wall_s for r in self.results)
 
     def ttft_s(self, percentile: int) -> float:
         return quantile([value for r in self.results for value in r.ttft_s], percentile)
@@ -79,18 +145,40 @@ class Case:
         return sum(r.client_cpu_s for r in self.results) / sum(r.wall_s for r in self.results)
 
     def cpu_s_per_1000_tokens(self) -> CpuByName:
-        return {name: 1000 * spent / self.tokens for name, spent in self.cpu_s.most_common()} if self.tokens else {}
+        tokens = sum(r.tokens for r in self.results)
+        return {name: 1000 * spent / tokens for name, spent in self.cpu_s.most_common()} if tokens else {}
+
+    def as_json(self, options: Options) -> dict[str, Any]:
+        return {
+            "tokens_per_s": [round(r.tokens / r.wall_s, 1) for r in self.results],
+            "requests_per_s": round(self.requests_per_s, 2),
+            "goodput": round(self.goodput(options), 2),
+            "rejected": round(self.rejected, 4),
+            "ttft_p50_s": round(self.ttft_s(50), 4),
+            "ttft_p99_s": round(self.ttft_s(99), 4),
+            "tpot_p50_s": round(self.tpot_s(50), 5),
+            "tpot_p99_s": round(self.tpot_s(99), 5),
+            "prompt_tokens": round(sum(r.prompt_tokens for r in self.results) / max(1, self.completed), 1),
+            "completed": self.completed,
+            "failed": self.failed,
+            "errors": dict(self.errors),
+            "client_cores": round(self.client_cores, 3),
+            "cpu_s_per_1000_tokens": {k: round(v, 3) for k, v in self.cpu_s_per_1000_tokens().items()},
+        }
+
+    @property
+    def completed(self) -> int:
+        return sum(r.completed for r in self.results)
 
 
 @dataclass
 class Measured:
-    """One server's numbers."""
+    """One system's numbers."""
 
-    many: Case = field(default_factory=Case)
-    one: Case = field(default_factory=Case)
+    cases: dict[str, Case] = field(default_factory=dict)
     idle_cores: CpuByName = field(default_factory=dict)
     peak_rss_bytes: dict[str, int] = field(default_factory=dict)
-    startup_s: float = 0.0
+    first_token_s: list[float] = field(default_factory=list)
 
 
 def quantile(values: Sequence[float], percentile: int) -> float:
@@ -107,99 +195,176 @@ def send(load: Load) -> Result:
     return Result(**json.loads(done.stdout))
 
 
+def system(name: str, shared: EngineSettings, folder: Path, replicas: int) -> Server:
+    """Return one of `SYSTEMS`."""
+    if name == "groundswell":
+        return Groundswell(shared, folder, engines=replicas)
+    if name == "bare":
+        return BareVllm(shared, folder) if replicas == 1 else BalancedVllm(shared, folder, engines=replicas)
+    peers = {"ray-llm": RayServeLlm, "ray-llm-fast": FastRayServeLlm, "ray-llm-direct": DirectRayServeLlm}
+    return peers[name](shared, folder, engines=replicas)
+
+
+def words_for(model: Path, tokens: int) -> int:
+    """Return how many of `WORDS` make a prompt of about so many tokens."""
+    from tokenizers import Tokenizer
+
+    each = Tokenizer.from_file(str(model / "tokenizer.json")).encode(" ".join(WORDS * 20), add_special_tokens=False)
+    return max(1, round(tokens * 20 * len(WORDS) / len(each.ids)))
+
+
 def compare(options: Options, say: Callable[[str], None]) -> dict[str, Measured]:
-    """Start the servers, load them in turns, stop them.
+    """Start the systems, load them in turns, stop them.
 
     Args:
         options: What to compare.
         say: Told what happens, line by line.
 
     Returns:
-        The numbers of each server, by name.
+        The numbers of each system, by name.
     """
     model = ROOT / "models" / "tiny-random"
     make_model(model)
     with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:
-        shared = settings(model, gpu=has_cuda_build())
-        servers: list[Server] = [Groundswell(shared, Path(folder)), BareVllm(shared, Path(folder))]
-        measured = {server.name: Measured() for server in servers}
+        shared = settings(model, gpu=has_cuda_build(), max_model_len=MAX_MODEL_LEN)
+        servers = {name: system(name, shared, Path(folder), options.replicas) for name in options.systems}
+        run = _Run(options, model, {name: Measured() for name in servers}, say)
         try:
             if not options.in_turn:
-                for server in servers:
-                    _start(server, options, measured[server.name], say)
+                for name, server in servers.items():
+                    run.start(name, server)
             for turn in range(options.rounds):
-                for server in servers:
-                    _start(server, options, measured[server.name], say)
-                    for case in ("many", "one"):
-                        _turn(server, case, turn, options, measured[server.name], say)
-                    if turn == options.rounds - 1:
-                        _idle(server, measured[server.name])
-                    if options.in_turn:
-                        server.stop()
+                for names in _groups(options):
+                    for name, server in servers.items():
+                        if not run.start(name, server):
+                            continue
+                        for workload in names:
+                            run.turn(name, server, workload, turn)
+                        if options.in_turn:
+                            run.idle(name, server)
+                            server.stop()
+            for name, server in servers.items():
+                if server.processes():
+                    run.idle(name, server)
         finally:
-            for server in servers:
+            for server in servers.values():
                 server.stop()
-    return measured
+    if not run.left:
+        raise ServerError("no system started")
+    return run.left
 
 
-def _start(server: Server, options: Options, measured: Measured, say: Callable[[str], None]) -> None:
-    if server.processes():
-        return
-    server.start()
-    measured.startup_s = server.startup_s
-    say(f"{server.name}: ready after {server.startup_s:.0f} s")
-    send(Load(server.url, MODEL_NAME, options.clients, 1, 32, seed=-1))  # warms caches, connections and code
+def _groups(options: Options) -> Iterable[tuple[str, ...]]:
+    """Return what a system does in one turn: one workload, or all of them where it must be started for it."""
+    return [options.workloads] if options.in_turn else [(workload,) for workload in options.workloads]
 
 
-def _idle(server: Server, measured: Measured) -> None:
-    with Meter(server.processes) as meter:
-        time.sleep(IDLE_S)
-    measured.idle_cores = {name: spent / IDLE_S for name, spent in meter.cpu_s.items()}
+class _Run:
+    """One comparison under way."""
+
+    def __init__(
+        self, options: Options, model: Path, measured: dict[str, Measured], say: Callable[[str], None]
+    ) -> None:
+        self._options, self._model, self.measured, self._say = options, model, measured, say
+        self._out: set[str] = set()
+
+    @property
+    def left(self) -> dict[str, Measured]:
+        """The numbers of those systems that started every time."""
+        return {name: measured for name, measured in self.measured.items() if name not in self._out}
+
+    def start(self, name: str, server: Server) -> bool:
+        """Start a system unless it runs, until its first token is back; one that once did not start is left out."""
+        if name in self._out:
+            return False
+        if server.processes():
+            return True
+        begin = time.monotonic()
+        try:
+            server.start()
+        except ServerError as problem:
+            self._out.add(name)
+            self._say(f"{name} is left out: {problem}")
+            return False
+        send(Load(server.url, MODEL_NAME, 1, 1, 1))
+        self.measured[name].first_token_s.append(time.monotonic() - begin)
+        self._say(f"{name}: first token after {time.monotonic() - begin:.0f} s")
+        send(Load(server.url, MODEL_NAME, 32, 1, 32, seed=-1))  # warms caches, connections and code
+        return True
+
+    def idle(self, name: str, server: Server) -> None:
+        """Measure what a system uses when nobody asks it anything."""
+        with Meter(server.processes) as meter:
+            time.sleep(IDLE_S)
+        self.measured[name].idle_cores = {process: spent / IDLE_S for process, spent in meter.cpu_s.items()}
+
+    def turn(self, name: str, server: Server, workload: str, turn: int) -> None:
+        """Send one round of a workload to a system."""
+        what = WORKLOADS[workload]
+        load = Load(
+            server.url,
+            MODEL_NAME,
+            what.clients or 1,
+            what.requests,
+            what.tokens,
+            prompt_words=words_for(self._model, what.prompt_tokens),
+            seed=1000 * turn + sorted(WORKLOADS).index(workload),
+        )
+        if what.share:
+            load = replace(load, rate=what.share * self._capacity())
+        with Meter(server.processes) as meter:
+            result = send(load)
+        measured = self.measured[name]
+        case = measured.cases.setdefault(workload, Case())
+        case.results.append(result)
+        case.cpu_s.update(meter.cpu_s)
+        for process, rss in meter.peak_rss_bytes.items():
+            measured.peak_rss_bytes[process] = max(rss, measured.peak_rss_bytes.get(process, 0))
+        self._say(
+            f"round {turn + 1}  {what.title:<26} {name:<15} {result.tokens / result.wall_s:8.1f} tokens/s"
+            f"  {result.completed} completed, {result.rejected} rejected, {result.failed} failed"
+        )
+        for reason, count in result.errors.items():
+            self._say(f"    {count} x {reason}")
+
+    def _capacity(self) -> float:
+        """Return the requests per second that are 100%, the same for all systems."""
+        if self._options.capacity is not None:
+            return self._options.capacity
+        measured = self.left.get("bare", next(iter(self.left.values())))
+        return measured.cases[CAPACITY_OF].requests_per_s
 
 
-def _turn(
-    server: Server, case: str, turn: int, options: Options, measured: Measured, say: Callable[[str], None]
-) -> None:
-    load = Load(server.url, MODEL_NAME, options.clients, options.requests, options.tokens, seed=turn)
-    if case == "one":
-        load = replace(load, clients=1, requests=SINGLE_CLIENT_REQUESTS, seed=1000 + turn)
-    with Meter(server.processes) as meter:
-        result = send(load)
-    into: Case = getattr(measured, case)
-    into.results.append(result)
-    into.cpu_s.update(meter.cpu_s)
-    for name, rss in meter.peak_rss_bytes.items():
-        measured.peak_rss_bytes[name] = max(rss, measured.peak_rss_bytes.get(name, 0))
-    say(
-        f"round {turn + 1}  {server.name:<12} {load.clients:>3} clients  {result.tokens / result.wall_s:7.1f} tokens/s"
-        f"  {result.completed} completed, {result.failed} failed"
-    )
-    for reason, count in result.errors.items():
-        say(f"    {count} x {reason}")
+def table(options: Options, measured: Mapping[str, Measured]) -> str:
+    """Return the numbers for people; in brackets the ratio to the bare server's."""
+    names = list(measured)
+    lines: list[str] = []
 
+    def row(label: str, values: Sequence[float], digits: int = 1, *, ratio: bool = True) -> None:
+        base = values[names.index("bare")] if "bare" in names and len(names) > 1 and ratio else 0.0
+        cells = (f"{v:.{digits}f}" + (f" ({v / base:.2f})" if base else "") for v in values)
+        lines.append(f"{label:<32}" + "".join(f"{cell:>18}" for cell in cells))
 
-def table(options: Options, measured: dict[str, Measured]) -> str:
-    """Return the numbers for people."""
-    ours, bare = measured.values()
-    lines = [f"{'':<42}{'groundswell':>12}{'bare vLLM':>12}{'ratio':>8}"]
-
-    def row(label: str, value: Callable[[Measured], float], digits: int = 1, *, ratio: bool = True) -> None:
-        a, b = value(ours), value(bare)
-        share = f"{a / b:8.2f}" if ratio and b else ""
-        lines.append(f"{label:<42}{a:>12.{digits}f}{b:>12.{digits}f}{share}")
-
-    for title, pick in _cases(options):
-        row(f"{title}: output tokens/s", lambda m, p=pick: statistics.median(p(m).tokens_per_s))  # type: ignore[misc]
-        row("    TTFT p50, ms", lambda m, p=pick: 1000 * p(m).ttft_s(50))  # type: ignore[misc]
-        row("    TTFT p99, ms", lambda m, p=pick: 1000 * p(m).ttft_s(99))  # type: ignore[misc]
-        row("    TPOT p50, ms", lambda m, p=pick: 1000 * p(m).tpot_s(50))  # type: ignore[misc]
-        row("    failed requests", lambda m, p=pick: p(m).failed, 0, ratio=False)  # type: ignore[misc]
-        row("    the client's own CPU, cores", lambda m, p=pick: p(m).client_cores, 2, ratio=False)  # type: ignore[misc]
-    row("start-up, s", lambda m: m.startup_s, 0)
+    lines.append(f"{'':<32}" + "".join(f"{name:>18}" for name in names))
+    for workload in options.workloads:
+        cases = [measured[name].cases[workload] for name in names]
+        lines.append(WORKLOADS[workload].title)
+        row("    output tokens/s", [c.tokens_per_s for c in cases])
+        row("    requests/s", [c.requests_per_s for c in cases], 2)
+        row("    good requests/s", [c.goodput(options) for c in cases], 2)
+        row("    TTFT p50, ms", [1000 * c.ttft_s(50) for c in cases])
+        row("    TTFT p99, ms", [1000 * c.ttft_s(99) for c in cases])
+        row("    TPOT p50, ms", [1000 * c.tpot_s(50) for c in cases], 2)
+        row("    TPOT p99, ms", [1000 * c.tpot_s(99) for c in cases], 2)
+        row("    rejected, %", [100 * c.rejected for c in cases], ratio=False)
+        row("    failed requests", [c.failed for c in cases], 0, ratio=False)
+        row("    the client's own CPU, cores", [c.client_cores for c in cases], 2, ratio=False)
+    row("first token after a start, s", [statistics.median(measured[name].first_token_s) for name in names], 0)
+    busiest = options.workloads[0]
     for name, m in measured.items():
-        cpu = m.many.cpu_s_per_1000_tokens()
+        cpu = m.cases[busiest].cpu_s_per_1000_tokens()
         lines += ["", f"{name + ', by process':<42}{'CPU s/1000':>12}{'peak RSS':>12}{'idle':>8}"]
-        lines += [f"{'':<42}{'tokens':>12}{'MB':>12}{'cores':>8}"]
+        lines += [f"    {WORKLOADS[busiest].title:<38}{'tokens':>12}{'MB':>12}{'cores':>8}"]
         for process in sorted(m.peak_rss_bytes, key=lambda p: -cpu.get(p, 0.0)):
             megabytes = m.peak_rss_bytes[process] / 1e6
             idle = m.idle_cores.get(process, 0.0)
@@ -208,32 +373,15 @@ def table(options: Options, measured: dict[str, Measured]) -> str:
     return "\n".join(lines)
 
 
-def _cases(options: Options) -> list[tuple[str, Callable[[Measured], Case]]]:
-    return [(f"{options.clients} clients", lambda m: m.many), ("1 client", lambda m: m.one)]
-
-
-def as_json(options: Options, measured: dict[str, Measured]) -> dict[str, Any]:
+def as_json(options: Options, measured: Mapping[str, Measured]) -> dict[str, Any]:
     """Return the numbers for programs."""
-    servers: dict[str, Any] = {}
-    for name, m in measured.items():
-        cases = {}
-        for case in (m.many, m.one):
-            cases["many" if case is m.many else "one"] = {
-                "tokens_per_s": [round(v, 1) for v in case.tokens_per_s],
-                "ttft_p50_s": round(case.ttft_s(50), 4),
-                "ttft_p99_s": round(case.ttft_s(99), 4),
-                "tpot_p50_s": round(case.tpot_s(50), 5),
-                "failed": case.failed,
-                "errors": dict(case.errors),
-                "client_cores": round(case.client_cores, 3),
-                "cpu_s_per_1000_tokens": {k: round(v, 3) for k, v in case.cpu_s_per_1000_tokens().items()},
-            }
-        servers[name] = {
-            **cases,
+    systems = {
+        name: {
+            "workloads": {workload: case.as_json(options) for workload, case in m.cases.items()},
             "peak_rss_mb": {k: round(v / 1e6) for k, v in m.peak_rss_bytes.items()},
             "idle_cores": {k: round(v, 3) for k, v in m.idle_cores.items()},
-            "startup_s": round(m.startup_s, 1),
+            "first_token_s": [round(v, 1) for v in m.first_token_s],
         }
-    ours, bare = measured.values()
-    ratio = statistics.median(ours.many.tokens_per_s) / statistics.median(bare.many.tokens_per_s)
-    return {"benchmark": "compare", **asdict(options), "tokens_per_s_ratio": round(ratio, 3), "servers": servers}
+        for name, m in measured.items()
+    }
+    return {"benchmark": "compare", **asdict(options), "systems": systems}

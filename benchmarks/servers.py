@@ -55,14 +55,15 @@ def has_cuda_build() -> bool:
     return False
 
 
-def settings(model: Path, *, gpu: bool) -> EngineSettings:
+def settings(model: Path, *, gpu: bool, max_model_len: int = 2048) -> EngineSettings:
     """Return settings with which two engines can stand beside each other on this machine.
 
     Args:
         model: The model's folder.
         gpu: Whether engines run on a GPU.
+        max_model_len: Tokens of a prompt and its answer.
     """
-    shared = {"model": str(model), "served_model_name": MODEL_NAME, "max_model_len": 2048}
+    shared = {"model": str(model), "served_model_name": MODEL_NAME, "max_model_len": max_model_len}
     if gpu:
         return EngineSettings({**shared, "gpu_memory_utilization": 0.4}, {})
     return EngineSettings(
@@ -97,6 +98,14 @@ class Server(ABC):
     def command(self, port: int) -> list[str]:
         """Return what to run."""
 
+    def environment(self) -> dict[str, str]:
+        """Return what it needs in its environment beside what its engine does."""
+        return {}
+
+    def is_ready(self) -> bool:
+        """Return whether requests would be answered now."""
+        return is_ready(self.url)
+
     def processes(self) -> list[psutil.Process]:
         """Return all of its living processes."""
         if self._process is None:
@@ -115,23 +124,25 @@ class Server(ABC):
         """
         if self._process is not None:
             return
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         log = self.folder / f"{self.name}.log"
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        # This tree, whatever is installed.
+        environment = {**os.environ, **self.settings.environment, **self.environment(), "PYTHONPATH": path}
         begin = time.monotonic()
         with open(log, "wb") as file:
             self._process = subprocess.Popen(
                 self.command(port),
                 cwd=ROOT,
-                env={**os.environ, **self.settings.environment, "PYTHONPATH": path},  # this tree, whatever is installed
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours alone
                 preexec_fn=_end_with_parent,
             )
-        while not is_ready(self.url):
+        while not self.is_ready():
             if self._process.poll() is not None or time.monotonic() - begin > START_LIMIT_S:
                 self.stop()
                 raise ServerError(f"{self.name} did not start:\n{_tail(log)}")
@@ -190,7 +201,8 @@ class Groundswell(Server):
         self._autoscaling, self._scaling = autoscaling, scaling
         self._router = {"fleet": dict(fleet or {}), **(router or {})}
 
-    def command(self, port: int) -> list[str]:
+    def config(self, port: int) -> dict[str, Any]:
+        """Return the Serve config."""
         model = {
             "name": MODEL_NAME,
             "engine_args": dict(self.settings.engine_args),
@@ -209,9 +221,11 @@ class Groundswell(Server):
             "import_path": "deployments.app:build",
             "args": {"models": [model, *others], "router": {"deployment": {"num_replicas": 1}, **self._router}},
         }
-        config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
-        path = self.folder / "groundswell.yaml"
-        path.write_text(json.dumps(config, indent=2))  # JSON is YAML
+        return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
+
+    def command(self, port: int) -> list[str]:
+        path = self.folder / f"{self.name}.yaml"
+        path.write_text(json.dumps(self.config(port), indent=2))  # JSON is YAML
         return [sys.executable, "-m", "deployments.cli", "serve", str(path), "--port", str(port)]
 
     @property
@@ -259,7 +273,8 @@ def make_model(path: Path) -> None:
     subprocess.run([sys.executable, str(script), str(path)], check=True, stdout=subprocess.DEVNULL)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return int(bound.getsockname()[1])

@@ -19,6 +19,7 @@ _TITLES: Final = (
     (re.compile(r"^ray::([\w:]+)"), r"ray \1"),
     (re.compile(r"multiprocessing\.(\w+)"), r"\1"),
     (re.compile(r"\bvllm\.entrypoints\.openai\.(\w+)"), r"\1"),
+    (re.compile(r"-m benchmarks\.stubs (\w+)"), r"stub \1"),
     (re.compile(r"-m deployments\.(\S+)"), r"\1"),
 )
 

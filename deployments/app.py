@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from deployments.config import INDEXER_NAME, RETRIEVER_NAME, ROUTER_NAME, AppCon
 from deployments.engine import Engine
 from deployments.errors import ConfigError
 from deployments.indexer import Indexer
+from deployments.outline import Outline, outline
 from deployments.retriever import Retriever
 from deployments.router import Router
 
@@ -40,16 +40,18 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def assemble(config: AppConfig, engine: type) -> Application:
-    """Build the app around an Engine class: the real one, or a stub in tests."""
-    from deployments.seam.args import model_names, parse_args
+    """Build the app around an Engine class: the real one, or a stub in tests.
 
+    Loads no vLLM unless a model's options are written in a way that only its parser reads: nothing else starts before
+    this has returned. What only that parser refuses is refused by the Router, a moment later.
+    """
     if configured(config.router, os.environ):
         config = _by_default(config, scheduling_policy="priority")  # which Routers stamp fair shares with
     if config.tracing is not None:
         config = _by_default(config, otlp_traces_endpoint=config.tracing.otlp_endpoint)
-    parsed = {m.name: parse_args(m.name, m.engine_args, m.frontend_args) for m in config.models}
-    config.check_assistants([name for args in parsed.values() for name in model_names(args)])
-    engines = {model.name: _engine(engine, model, config, parsed[model.name]) for model in config.models}
+    outlines = {model.name: outline(model) for model in config.models}
+    config.check_assistants([name for known in outlines.values() for name in known.names])
+    engines = {model.name: _engine(engine, model, config, outlines[model.name]) for model in config.models}
     options = _deployment_options(_router_defaults(), config.router.deployment)
     ingress = serve.ingress()(Router)
     documents = _documents(config, engines) if config.documents is not None else None
@@ -155,17 +157,17 @@ def _router_defaults() -> dict[str, Any]:
     }
 
 
-def _engine(engine: type, model: ModelConfig, config: AppConfig, args: Namespace) -> Application:
-    options = engine_options(model, args, gpu=_has_cuda_build())
+def _engine(engine: type, model: ModelConfig, config: AppConfig, known: Outline) -> Application:
+    options = engine_options(model, known, gpu=_has_cuda_build())
     return serve.deployment(engine, name=model.deployment_name, **options).bind(model, config.router.fleet)
 
 
-def engine_options(model: ModelConfig, args: Namespace, *, gpu: bool) -> dict[str, Any]:
+def engine_options(model: ModelConfig, known: Outline, *, gpu: bool) -> dict[str, Any]:
     """Return the Serve options of a model's Engine deployment.
 
     Args:
         model: With the user's own options, which win.
-        args: The model's parsed arguments.
+        known: What its options say.
         gpu: Whether the vLLM installed here runs on GPUs. Where the app is built on a node without, a model says so by
             its `num_gpus` or its placement group.
 
@@ -174,7 +176,7 @@ def engine_options(model: ModelConfig, args: Namespace, *, gpu: bool) -> dict[st
     """
     given = model.deployment
     gpu = gpu or given.get("ray_actor_options", {}).get("num_gpus", 0) > 0 or "placement_group_bundles" in given
-    options = _deployment_options(engine_defaults(args, gpu=gpu), given)
+    options = _deployment_options(engine_defaults(known, gpu=gpu), given)
     if "placement_group_bundles" in options and "placement_group_bundles" not in given:
         _fit_the_group_to_its_actor(options)
     if "placement_group_bundles" in options and options.get("max_replicas_per_node") is not None:
@@ -200,16 +202,16 @@ def _fit_the_group_to_its_actor(options: dict[str, Any]) -> None:
     options["ray_actor_options"] = actor
 
 
-def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
+def engine_defaults(known: Outline, *, gpu: bool) -> dict[str, Any]:
     """Return the Serve options of an Engine deployment, before the user's own are laid over them.
 
     Args:
-        args: The model's parsed arguments.
+        known: What the model's options say.
         gpu: Whether its engines run on GPUs.
     """
-    max_num_seqs = args.max_num_seqs
+    max_num_seqs = known.max_num_seqs
     return {
-        **_where(args, gpu=gpu),
+        **_where(known, gpu=gpu),
         # An engine's batch, and a little to draw from; the rest waits in the Router, where new replicas can take it.
         "max_ongoing_requests": max_num_seqs + max(4, max_num_seqs // 8),
         # One new replica, or a quarter of them, before an old one goes. Where no GPU is spare this must be 0.
@@ -236,22 +238,21 @@ def engine_defaults(args: Namespace, *, gpu: bool) -> dict[str, Any]:
     }
 
 
-def _where(args: Namespace, *, gpu: bool) -> dict[str, Any]:
+def _where(known: Outline, *, gpu: bool) -> dict[str, Any]:
     """Return what one engine takes of the cluster, and how near its parts must be to each other.
 
     By itself an engine is one actor with all its GPUs, hence on one node, and its workers are its own processes. With
     `distributed_executor_backend: ray` its workers are Ray actors in a placement group of one GPU each: on one node
     while there is tensor parallelism alone, and packed onto as few as hold it where there is a pipeline.
     """
-    gpus = args.tensor_parallel_size * args.pipeline_parallel_size
     if not gpu:
         return {"ray_actor_options": {"num_cpus": 0.5}}
-    if args.distributed_executor_backend != "ray":
-        return {"ray_actor_options": {"num_cpus": 1, "num_gpus": gpus}}
+    if known.executor != "ray":
+        return {"ray_actor_options": {"num_cpus": 1, "num_gpus": known.gpus}}
     return {
         "ray_actor_options": {"num_cpus": 1, "num_gpus": 0},
-        "placement_group_bundles": [{"CPU": 1, "GPU": 1}, *({"GPU": 1} for _ in range(gpus - 1))],
-        "placement_group_strategy": "PACK" if args.pipeline_parallel_size > 1 else "STRICT_PACK",
+        "placement_group_bundles": [{"CPU": 1, "GPU": 1}, *({"GPU": 1} for _ in range(known.gpus - 1))],
+        "placement_group_strategy": "PACK" if known.pipeline_parallel_size > 1 else "STRICT_PACK",
     }
 
 

@@ -19,6 +19,8 @@ from deployments.errors import ConfigError
 ROUTER_NAME: Final = "Router"
 INDEXER_NAME: Final = "Indexer"
 RETRIEVER_NAME: Final = "Retriever"
+MAX_NUM_SEQS: Final = 256
+"""Of an engine's batch, unless a model says otherwise. vLLM's own default hangs on the GPU's memory, seen by engines only."""
 
 
 class _Frozen(BaseModel):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
+    from deployments.seam.token_engine import TokenEngine
+
 logger = logging.getLogger("ray.serve.groundswell.engine")
 
 
@@ -166,11 +168,19 @@ class Engine:
         from deployments.seam.args import parse_args
         from deployments.seam.pooling import Pooling
         from deployments.seam.token_engine import TokenEngine
+
+        logger.info("Loading model %s (%s)", model.name, model.engine_args["model"])
+        args = parse_args(model.name, model.engine_args, model.frontend_args)
+        llm = await TokenEngine.start(args, num_gpus=num_gpus, on_step=self._flush)
+        self._open(model, fleet, serve.get_replica_context().replica_id.unique_id, llm, RayMetrics())
+        self._pooling = Pooling(llm, args)
+        logger.info("Model %s is ready", model.name)
+
+    def _open(self, model: ModelConfig, fleet: FleetConfig, replica: str, llm: TokenEngine, metrics: Metrics) -> None:
+        """Take requests for a running engine."""
         from deployments.seam.wire import Codec
 
-        self._model, self._config = model, fleet
-        self._replica = serve.get_replica_context().replica_id.unique_id
-        self._metrics: Metrics = RayMetrics()
+        self._model, self._config, self._replica, self._metrics = model, fleet, replica, metrics
         self._codec = Codec()
         self._stall = Stall(fleet.engine_stall_timeout_s)
         self._runs: dict[int, _Run] = {}
@@ -179,13 +189,9 @@ class Engine:
             self.record_autoscaling_stats = self._autoscaling_stats
         self._touched: set[Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        logger.info("Loading model %s (%s)", model.name, model.engine_args["model"])
-        args = parse_args(model.name, model.engine_args, model.frontend_args)
-        self._llm = await TokenEngine.start(args, num_gpus=num_gpus, on_step=self._flush)
-        self._pooling = Pooling(self._llm, args)
-        self._channel = EngineEnd(fleet, self._replica, beat=self._beat, on_abort=self._on_abort, metrics=self._metrics)
+        self._llm = llm
+        self._channel = EngineEnd(fleet, replica, beat=self._beat, on_abort=self._on_abort, metrics=metrics)
         self._watch = asyncio.get_running_loop().create_task(self._exit_with_engine_core())
-        logger.info("Model %s is ready", model.name)
 
     async def generate(
         self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: None = None

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from deployments.config import MAX_NUM_SEQS
 from deployments.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "enable_prompt_tokens_details": True,
     "enable_flash_late_interaction": False,
     "mm_processor_cache_gb": 0,
-    # vLLM's own default hangs on the GPU's memory, which a Router and the autoscaler cannot see.
-    "max_num_seqs": 256,
+    "max_num_seqs": MAX_NUM_SEQS,
 }
 """What a fleet needs other than vLLM's defaults: nothing may live in one Router or one engine alone."""
 

@@ -18,6 +18,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.tasks import SupportedTask
 
 from deployments.errors import NotFound, PublicError
+from deployments.seam import short_work
 from deployments.seam.engine_client import FleetClient, PublicHTTPError
 
 _COUNTED_TEXTS: Final = 1024
@@ -85,6 +86,7 @@ async def build_model_app(args: Namespace, client: FleetClient) -> FastAPI:
         client: The fleet as an `EngineClient`.
     """
     tasks: tuple[SupportedTask, ...] = client.supported_tasks
+    short_work.do_at_once(client.renderer, trusts_templates=args.trust_request_chat_template)
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in MOUNTED]

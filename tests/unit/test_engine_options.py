@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from deployments.app import engine_options
 from deployments.config import AppConfig
 from deployments.engine import gpus_of, has_workers_elsewhere
 from deployments.errors import ConfigError
+from deployments.outline import Outline
 
 
 class StubEngine:
@@ -21,16 +21,10 @@ class StubEngine:
 def options(deployment: dict[str, Any] | None = None, *, gpu: bool = True, **engine_args: Any) -> dict[str, Any]:
     scaling = engine_args.pop("scaling", None)
     model = {"name": "m", "engine_args": {"model": "./m"}, "deployment": deployment or {}, "scaling": scaling}
-    parsed = Namespace(
-        **{
-            "max_num_seqs": 64,
-            "tensor_parallel_size": 1,
-            "pipeline_parallel_size": 1,
-            "distributed_executor_backend": None,
-            **engine_args,
-        }
-    )
-    made = engine_options(AppConfig.parse({"models": [model]}).models[0], parsed, gpu=gpu)
+    parsed = {"max_num_seqs": 64, **engine_args}
+    executor = parsed.pop("distributed_executor_backend", None)
+    known = Outline(("m",), executor=executor, **parsed)
+    made = engine_options(AppConfig.parse({"models": [model]}).models[0], known, gpu=gpu)
     serve.deployment(StubEngine, name="Engine-m", **made)  # Serve takes them
     return made
 

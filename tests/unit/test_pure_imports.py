@@ -12,6 +12,7 @@ PURE = (
     "deployments.config",
     "deployments.errors",
     "deployments.messages",
+    "deployments.outline",
     "deployments.access.fair_share",
     "deployments.access.gate",
     "deployments.dispatch",
