@@ -142,6 +142,11 @@ class Flight:
         self._last_sequence: int | None = None
         self._complete: asyncio.Future[None] = self._loop.create_future()
 
+    @property
+    def place(self) -> str | None:
+        """The replica that runs this attempt, or was asked to and has yet to answer."""
+        return self.replica or self._booking.replica
+
     def _land(self, task: asyncio.Task[None]) -> None:
         admission, sequences = self._fleet.admission, self._submission.sequences
         if task.cancelled() and not self._begun:  # no engine has done its work, so it says nothing of their pace
@@ -237,7 +242,7 @@ class Flight:
                 raise EngineFailure("its call ended without a word")
             await self._settle(end)
         except EngineFailure:
-            self.replica = self.replica or self._booking.replica  # where it was placed, if nobody accepted it
+            self.replica = self.place
             raise
         finally:
             call.cancel()
@@ -534,5 +539,5 @@ class Fleet:
         self._lose_flights(replica, reason)
 
     def _lose_flights(self, replica: str, reason: str) -> None:
-        for flight in [f for f in self.exchange.flights.values() if f.replica == replica]:
+        for flight in [f for f in self.exchange.flights.values() if f.place == replica]:
             flight.lose(reason)

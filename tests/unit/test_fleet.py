@@ -719,6 +719,17 @@ async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again
     ticket._booking.release()
 
 
+async def test_a_request_that_a_silent_replica_has_not_answered_goes_elsewhere(house: House) -> None:
+    submission = StubSubmission(wants=1)
+    flight = house.start(submission)
+    silent = await house.call()
+    house.fleet.lose_replica(silent.replica, "it is silent")
+    again = await house.finish(2, "a")
+    await landed(flight)
+    assert (silent.cancelled, submission.error) == (True, None)
+    assert again.replica != silent.replica
+
+
 async def test_a_replica_that_steps_again_gets_requests_again(house: House) -> None:
     house.candidates = ["e1"]
     house.fleet.on_heartbeat(beat("e1", unfinished=1, seconds_since_step=61))
