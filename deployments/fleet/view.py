@@ -96,8 +96,8 @@ def _deployment(given: Mapping[str, Any]) -> Deployment:
 
 def _replica(given: Mapping[str, Any]) -> Replica:
     state = str(getattr(given["state"], "value", given["state"]))
-    node = given.get("node_id")
-    return Replica(given["replica_id"], _STATES.get(state, STARTING), node and node[:8], given.get("start_time_s") or None)
+    node, started_at = given.get("node_id"), given.get("start_time_s")
+    return Replica(given["replica_id"], _STATES.get(state, STARTING), node and node[:8], started_at or None)
 
 
 class View:
