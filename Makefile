@@ -64,7 +64,8 @@ check: $(INSTALLED_DEV) ## Lint, format, types (strict, see pyproject.toml) and 
 
 # Tests of the page are skipped without one, and say so: a browser is no reason for the others to fail.
 browser: ## Install Debian's Chromium for the tests of the page, where there is none and it can be.
-	@if [ -n "$$GROUNDSWELL_CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	@if [ -n "$$GROUNDSWELL_CHROMIUM" ] || for name in chromium chromium-browser google-chrome; do \
+	  command -v $$name >/dev/null && exit; done; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "Installing Chromium"; \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \

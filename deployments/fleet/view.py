@@ -84,10 +84,11 @@ def deployments_of(details: Mapping[str, Any], app: str) -> dict[str, Deployment
 
 
 def _deployment(given: Mapping[str, Any]) -> Deployment:
-    scaling = (given.get("deployment_config") or {}).get("autoscaling_config") or None
+    scaling = (given.get("deployment_config") or {}).get("autoscaling_config") or {}
+    low, high = scaling.get("min_replicas"), scaling.get("max_replicas")
     return Deployment(
         int(given.get("target_num_replicas") or 0),
-        None if scaling is None else (int(scaling["min_replicas"]), int(scaling["max_replicas"])),
+        None if low is None or high is None else (int(low), int(high)),
         [_replica(each) for each in given.get("replicas") or ()],
         [_replica(each) for each in given.get("recent_dead_replicas") or ()],
     )
@@ -95,8 +96,8 @@ def _deployment(given: Mapping[str, Any]) -> Deployment:
 
 def _replica(given: Mapping[str, Any]) -> Replica:
     state = str(getattr(given["state"], "value", given["state"]))
-    node = given.get("node_id")
-    return Replica(given["replica_id"], _STATES.get(state, STARTING), node and node[:8], given.get("start_time_s"))
+    node, started_at = given.get("node_id"), given.get("start_time_s")
+    return Replica(given["replica_id"], _STATES.get(state, STARTING), node and node[:8], started_at or None)
 
 
 class View:

@@ -205,6 +205,17 @@ def test_other_deployments_are_counted_by_state() -> None:
     assert body["router"] == "router-1"
 
 
+def test_what_serve_leaves_out_is_not_made_up() -> None:
+    """It leaves out what nobody has set, and a replica that is about to start has started at no time."""
+    bare = {"replicas": [{"replica_id": "a", "state": "STARTING", "start_time_s": 0}], "deployment_config": {}}
+    said = {"applications": {"app": {"deployments": {"Engine-tiny": bare}}}}
+    model = House(StubFleet()).model(said)
+    assert (model["target"], model["bounds"]) == (0, None)
+    assert model["replicas"] == [{"replica": "a", "state": "starting", "node": None, "age_s": None}]
+    bare["deployment_config"] = {"autoscaling_config": {"max_replicas": 3}}
+    assert House(StubFleet()).model(said)["bounds"] is None
+
+
 def test_the_answer_is_bounded_and_says_what_it_leaves_out() -> None:
     fleet = StubFleet().join(*(beat(f"r{i:04}", running=1) for i in range(300)))
     model = House(fleet).model(details(*((f"r{i:04}", "RUNNING") for i in range(300))))

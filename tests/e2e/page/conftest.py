@@ -149,6 +149,6 @@ def tides(tmp_path: Path) -> Path:
         "# The harbour\n\n"
         + "The harbour lies open to the west and dries at low water. " * 12
         + "\n\n# Tides\n\nThe tide turns twice a day, and twice a day the ferry waits for it.\n\n"
-        + "Of the weather nothing is said here. " * 12
+        + "Of the tide and the weather nothing more is said here. " * 24
     )
     return path

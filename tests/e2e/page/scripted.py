@@ -59,11 +59,19 @@ READY: dict[str, Any] = {
 
 
 class CitingFleet(ScriptedFleet):
-    """One whose script may say `[[tides.md]]`: the marker of the passage from that file, as its prompt has it."""
+    """One whose script may cite: `[[tides.md]]` is the marker of a passage from that file, as its prompt has it.
+
+    Of several, `[[tides.md|turns]]` is the one with that word.
+    """
 
     def tokens(self, text: str) -> list[int]:
-        known = {name: id_ for id_, name in re.findall(r'<passage id="(\w+)" source="([^"]+)">', self.prompts[-1])}
-        return super().tokens(re.sub(r"\[\[([^\]]+)\]\]", lambda match: f"[{known[match[1]]}]", text))
+        passages = re.findall(r'<passage id="(\w+)" source="([^"]+)">(.*?)</passage>', self.prompts[-1], re.DOTALL)
+
+        def marker(match: re.Match[str]) -> str:
+            name, _, words = match[1].partition("|")
+            return f"[{next(id_ for id_, source, text in passages if source == name and words in text)}]"
+
+        return super().tokens(re.sub(r"\[\[([^\]]+)\]\]", marker, text))
 
 
 class _Reading:
