@@ -15,6 +15,7 @@ from typing import Any, Final
 
 SHORT_CHARS: Final = 4096
 """About a thousand tokens, and a millisecond."""
+_OF_A_PART: Final = 16
 
 
 def do_at_once(renderer: Any, *, trusts_templates: bool) -> None:
@@ -54,10 +55,14 @@ def _is_short(conversation: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the messages are plain text, and few."""
     left = SHORT_CHARS
     for message in conversation:
-        content = message.get("content")
-        if not isinstance(content, str) or message.get("tool_calls"):
+        if message.get("tool_calls"):
             return False
-        left -= len(content) + 16
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if not isinstance(text, str):
+                return False
+            left -= len(text) + _OF_A_PART
         if left < 0:
             return False
     return True

@@ -21,7 +21,7 @@ from deployments.seam.args import frontend_config, parse_args
 from models import tiny_random
 
 SHORT, LONG = "A word. ", "A word. " * short_work.SHORT_CHARS
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATE = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,10 @@ async def test_both_ways_come_to_the_same_tokens(watched: Watched) -> None:
     ("conversation", "short"),
     [
         ([{"role": "user", "content": "Hello"}], True),
-        ([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], False),
+        ([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], True),
+        ([{"role": "user", "content": [{"type": "text", "text": "x" * 3000}] * 2}], False),
+        ([{"role": "user", "content": [{"type": "image"}]}], False),
+        ([{"role": "user", "content": None}], False),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], False),
         ([{"role": "user", "content": ""}] * short_work.SHORT_CHARS, False),
         ([{"role": "user", "content": "x" * 3000}, {"role": "user", "content": "x" * 3000}], False),
