@@ -34,7 +34,7 @@ INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(ACCELERATOR)
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_TORCH)
 
-.PHONY: help serve install test check bench chaos clean
+.PHONY: help serve install test check bench chaos clean host-tools
 .DEFAULT_GOAL := help
 
 help: ## Show what there is.
@@ -45,8 +45,16 @@ serve: $(INSTALLED) ## Serve CONFIG (serve_config.yaml) on this machine until Ct
 
 install: $(INSTALLED) ## Install what `make serve` needs into .venv.
 
-test: check ## Check, then test: units, Ray with a stub engine, the whole with vLLM.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit tests/serve tests/e2e
+test: check host-tools ## Check, then test: units, Ray with a stub engine, the whole with vLLM, and on several hosts.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit tests/serve tests/e2e tests/cluster
+
+# What tests/cluster/hosts makes hosts with. Where it is missing and cannot be installed, those tests are skipped and say so.
+host-tools:
+	@if ! { command -v ip && command -v redis-server; } >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing iproute2 and redis-server for tests/cluster/hosts"; \
+	  { apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends iproute2 redis-server; } \
+	    >/dev/null 2>&1 || echo "They could not be installed"; \
+	fi
 
 check: $(INSTALLED_DEV) ## Lint, format, types (strict, see pyproject.toml) and the direction of imports.
 	$(BIN)/ruff check .

@@ -105,10 +105,14 @@ def write_files(run_folder: Path) -> None:
     descriptor = os.open(token_path(run_folder), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
-    wrapper = run_folder / "haproxy-on-loopback"
+    write_haproxy(run_folder / "haproxy-on-loopback")
+
+
+def write_haproxy(path: Path) -> None:
+    """Write the script that Serve is to take for HAProxy."""
     command = [sys.executable, "-I", str(Path(__file__).with_name("haproxy.py"))]
-    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-    wrapper.chmod(0o700)
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    path.chmod(0o700)
 
 
 def _path(config_folder: Path, environ: Mapping[str, str]) -> str:
