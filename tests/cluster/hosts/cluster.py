@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +18,7 @@ import yaml
 from deployments.access import keys
 from deployments.launch.environment import write_haproxy
 from models import tiny_random
-from tests.cluster.hosts.machines import GATEWAY, Host, Hosts
+from tests.cluster.hosts.machines import Host, Hosts
 from tests.e2e.serving import ROOT
 
 GCS_PORT: Final = 6379
@@ -52,13 +54,15 @@ class Cluster:
         keys.add_to_file(self._key_file, "tester", keys.hash_of(self.key))
         write_haproxy(self._haproxy)
         self._redis_password = secrets.token_hex(16)
-        self._redis: subprocess.Popen[bytes] | None = None
 
     def _environment(self) -> dict[str, str]:
         """Return what Ray is started with on each host."""
         folder = self.hosts.folder
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "GROUNDSWELL_", "XDG_"))}
+        others = ("RAY_", "GROUNDSWELL_", "XDG_", "PYTHONDONTWRITEBYTECODE")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(others)}
         return inherited | {
+            # Some forty processes start, and each would compile torch, Ray and vLLM: half of what importing them costs.
+            "PYTHONPYCACHEPREFIX": str(ROOT / ".pytest_cache" / "bytecode"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
             "HF_HUB_OFFLINE": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -87,18 +91,14 @@ class Cluster:
         return self.hosts.boot(name, self._environment())
 
     def start_redis(self) -> None:
-        """Start Redis on the hosts' network, but on none of them."""
-        address = ["--bind", GATEWAY, "--port", str(REDIS_PORT), "--requirepass", self._redis_password]
-        self._redis = subprocess.Popen(
-            ["redis-server", *address, "--dir", str(self.hosts.folder), "--save", "", "--appendonly", "no"],
-            stdout=subprocess.DEVNULL,
-        )
+        """Start a host that runs Redis alone."""
+        host = self.boot("redis")
+        address = ["--bind", host.address, "--port", str(REDIS_PORT), "--requirepass", self._redis_password]
+        unsaved = ["--dir", str(host.folder), "--save", "", "--appendonly", "no"]
+        host.start("redis-server", *address, *unsaved, stdout=subprocess.DEVNULL)
 
-    def stop(self) -> None:
-        """End what does not end with the hosts; keep all logs where GROUNDSWELL_TEST_LOGS names a folder for them."""
-        if self._redis is not None:
-            self._redis.kill()
-            self._redis.wait()
+    def keep_logs(self) -> None:
+        """Copy all logs to where GROUNDSWELL_TEST_LOGS names a folder for them."""
         if kept := os.environ.get("GROUNDSWELL_TEST_LOGS"):
             for name in self.hosts.by_name:
                 for logs in (self.hosts.folder / name).glob("ray/session_2*/logs"):
@@ -111,7 +111,7 @@ class Cluster:
             host,
             *("--head", "--port", str(GCS_PORT), "--num-cpus", "0", "--redis-password", self._redis_password),
             *("--dashboard-host", host.address, "--dashboard-port", str(DASHBOARD_PORT)),
-            environment={"RAY_REDIS_ADDRESS": f"{GATEWAY}:{REDIS_PORT}"},
+            environment={"RAY_REDIS_ADDRESS": f"{self.hosts['redis'].address}:{REDIS_PORT}"},
         )
         return host
 
@@ -179,8 +179,11 @@ class Cluster:
         details: dict[str, Any] = answer.json()
         return details
 
-    def status(self) -> str:
-        return str(self.serve()["applications"].get("groundswell", {}).get("status"))
+    def is_up(self) -> bool:
+        """Whether the app runs; fails where Serve has given it up."""
+        app = self.serve()["applications"].get("groundswell", {})
+        assert app.get("status") != "DEPLOY_FAILED", app
+        return app.get("status") == "RUNNING"
 
     def replicas(self, deployment: str) -> dict[str, str]:
         """Return the id of the running replica on each host of a deployment, by the host's name."""
@@ -198,7 +201,24 @@ class Cluster:
         return f"http://{self.hosts[name].address}:{HTTP_PORT}"
 
 
+@contextlib.contextmanager
+def cluster(hosts: Hosts, *, workers: Sequence[str]) -> Iterator[Cluster]:
+    """Have a cluster on `hosts` until the block is left."""
+    made = Cluster(hosts)
+    try:
+        made.start_redis()
+        made.start_head()
+        for worker in workers:
+            made.start_worker(worker)
+        yield made
+    finally:
+        made.keep_logs()
+
+
 def ray_start(host: Host) -> list[str]:
     """Return the command that starts Ray on a host, as far as it is the same for all."""
     own = ["--node-ip-address", host.address, "--temp-dir", str(host.folder / "ray")]
-    return [str(_BIN / "ray"), "start", *own, "--object-store-memory", str(OBJECT_STORE_BYTES), "--disable-usage-stats"]
+    # Ports that are given need not be waited for: a busy machine may need more than the 15 s after which Ray gives up.
+    ports = ["--dashboard-agent-grpc-port", "52366", "--runtime-env-agent-port", "52367"]
+    store = ["--object-store-memory", str(OBJECT_STORE_BYTES)]
+    return [str(_BIN / "ray"), "start", *own, *ports, *store, "--disable-usage-stats"]

@@ -124,7 +124,7 @@ class Host:
         self,
         *command: str,
         environment: Mapping[str, str] = {},
-        limit_s: float = 120,
+        limit_s: float = 300,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on this host to its end; what it prints is in `stdout`, errors too."""
         process = self.start(*command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
