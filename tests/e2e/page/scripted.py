@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import uvicorn
+from typing import TYPE_CHECKING, Any
 
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyEntry, Keys, hash_of
@@ -24,13 +21,15 @@ from deployments.dispatch import Dispatcher
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.metrics import NoMetrics
 from deployments.retrieval.api import PREFIXES, documents_app
-from deployments.seam.frontend import token_counter
 from deployments.web.page import Page
-from tests.unit.house import House, house
-from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from tests.unit.house import House
 
 KEY = "gs-ann-0123456789"
-START_LIMIT_S = 120
+START_LIMIT_S = 240
 READY: dict[str, Any] = {
     "object": "fleet",
     "at": 0,
@@ -58,22 +57,6 @@ READY: dict[str, Any] = {
 }
 
 
-class CitingFleet(ScriptedFleet):
-    """One whose script may cite: `[[tides.md]]` is the marker of a passage from that file, as its prompt has it.
-
-    Of several, `[[tides.md|turns]]` is the one with that word.
-    """
-
-    def tokens(self, text: str) -> list[int]:
-        passages = re.findall(r'<passage id="(\w+)" source="([^"]+)">(.*?)</passage>', self.prompts[-1], re.DOTALL)
-
-        def marker(match: re.Match[str]) -> str:
-            name, _, words = match[1].partition("|")
-            return f"[{next(id_ for id_, source, text in passages if source == name and words in text)}]"
-
-        return super().tokens(re.sub(r"\[\[([^\]]+)\]\]", marker, text))
-
-
 class _Reading:
     """The house's reading side under one name, as the Retriever has it."""
 
@@ -95,7 +78,7 @@ class Scripted:
     """
 
     url: str
-    fleet: ScriptedFleet
+    fleet: Any
     fleet_view: dict[str, Any]
     gate: Gate
     _server: uvicorn.Server
@@ -132,6 +115,13 @@ class Scripted:
             raise
 
     async def _run(self) -> None:
+        import uvicorn
+
+        from deployments.seam.frontend import token_counter
+        from tests.e2e.page.citing_fleet import CitingFleet
+        from tests.unit.house import house
+        from tests.unit.scripted_fleet import scripted_app
+
         app, fleet, client = await scripted_app(
             self._folder / "tiny",
             CitingFleet(),
