@@ -54,8 +54,8 @@ check: $(INSTALLED_DEV) ## Lint, format, types (strict, see pyproject.toml) and 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## Compare with other servers on this machine, over HTTP.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+bench: $(INSTALLED_DEV) ## Compare with other servers on this machine, over HTTP. ARGS: see `python -m benchmarks --help`.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
 
 chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare what clients got. QUICK=1: each fault once.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos $(if $(QUICK),--quick)

@@ -19,6 +19,8 @@ from deployments.errors import ConfigError
 ROUTER_NAME: Final = "Router"
 INDEXER_NAME: Final = "Indexer"
 RETRIEVER_NAME: Final = "Retriever"
+MAX_NUM_SEQS: Final = 256
+"""Of a model that does not say: vLLM's default hangs on the GPU's memory, which Router and autoscaler cannot see."""
 
 
 class _Frozen(BaseModel):

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-from deployments.config import ModelConfig
-
-MAX_NUM_SEQS: Final = 256
-"""Unless a model says otherwise. vLLM's own default hangs on the GPU's memory, which nobody but an engine can see."""
+from deployments.config import MAX_NUM_SEQS, ModelConfig
 
 
 @dataclass(frozen=True)

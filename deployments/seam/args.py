@@ -14,8 +14,8 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from deployments.config import MAX_NUM_SEQS
 from deployments.errors import ConfigError
-from deployments.outline import MAX_NUM_SEQS
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deployments.config import ModelConfig
+from deployments.config import MAX_NUM_SEQS, ModelConfig
 from deployments.errors import ConfigError
-from deployments.outline import MAX_NUM_SEQS, Outline, _parsed, _read, outline
+from deployments.outline import Outline, _parsed, _read, outline
 
 
 def model(**options: Any) -> ModelConfig:
