@@ -35,6 +35,8 @@ class RayServeLlm(Server):
     """
 
     name = "ray-llm"
+    folder_name = "r"
+    """Short, because Ray's sockets lie deep under it, and a socket's path has 107 bytes at most."""
 
     def __init__(self, settings: EngineSettings, folder: Path, *, engines: int = 1) -> None:
         super().__init__(settings, folder)
@@ -59,7 +61,7 @@ class RayServeLlm(Server):
         }
 
     def _scratch(self) -> Path:
-        path = self.folder / self.name
+        path = self.folder / self.folder_name
         path.mkdir(exist_ok=True)
         return path
 
@@ -87,6 +89,7 @@ class FastRayServeLlm(RayServeLlm):
     """With the two flags that Ray's guide to throughput names."""
 
     name = "ray-llm-fast"
+    folder_name = "f"
 
     def environment(self) -> dict[str, str]:
         fast = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -97,6 +100,7 @@ class DirectRayServeLlm(FastRayServeLlm):
     """And with direct streaming: HAProxy asks a router for a replica, and streams from that replica."""
 
     name = "ray-llm-direct"
+    folder_name = "d"
 
     def environment(self) -> dict[str, str]:
         return {**super().environment(), "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
