@@ -72,8 +72,8 @@ browser: ## Install Debian's Chromium for the tests of the page, where there is 
 	    >/dev/null 2>&1 || echo "Chromium cannot be installed: tests of the page will be skipped" >&2; \
 	else echo "No Chromium, and only root can install it with apt-get: tests of the page will be skipped" >&2; fi
 
-bench: $(INSTALLED) ## Compare with other servers on this machine, over HTTP.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+bench: $(INSTALLED_DEV) ## Compare with other servers on this machine, over HTTP. ARGS: see `python -m benchmarks --help`.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
 
 chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare what clients got. QUICK=1: each fault once.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos $(if $(QUICK),--quick)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import secrets
+import shutil
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -39,9 +42,11 @@ class RayServeLlm(Server):
     def __init__(self, settings: EngineSettings, folder: Path, *, engines: int = 1) -> None:
         super().__init__(settings, folder)
         self._engines = engines
+        # Not in `folder`: Ray's sockets and HAProxy's lie deep under it, and a socket's path may have 97 bytes.
+        self._scratch = Path(tempfile.gettempdir()) / f"gw{secrets.token_hex(4)}"
 
     def command(self, port: int) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.ray_llm", str(port), json.dumps(self.config()), str(self._scratch())]
+        return [sys.executable, "-m", "benchmarks.ray_llm", str(port), json.dumps(self.config()), str(self._scratch)]
 
     def config(self) -> dict[str, Any]:
         """Return the `LLMConfig`."""
@@ -58,14 +63,17 @@ class RayServeLlm(Server):
             "log_engine_metrics": True,
         }
 
-    def _scratch(self) -> Path:
-        path = self.folder / self.name
-        path.mkdir(exist_ok=True)
-        return path
+    def start(self) -> None:
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        super().start()
+
+    def stop(self) -> None:
+        super().stop()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
         """Return where files and ports lie that are the same for every Ray on a machine; no option of speed."""
-        ours = defaults(self._scratch())
+        ours = defaults(self._scratch)
         places = ("_LOC", "_PATH", "_BASE", "_FILE", "_PORT")
         moved = {k: v for k, v in ours.items() if k.endswith(places) and k != "RAY_SERVE_HAPROXY_BINARY_PATH"}
         return {**moved, "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}

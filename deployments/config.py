@@ -20,7 +20,7 @@ ROUTER_NAME: Final = "Router"
 INDEXER_NAME: Final = "Indexer"
 RETRIEVER_NAME: Final = "Retriever"
 MAX_NUM_SEQS: Final = 256
-"""Of an engine's batch, unless a model says otherwise. vLLM's default hangs on the GPU's memory, unseen by Routers."""
+"""Of a model that does not say: vLLM's default hangs on the GPU's memory, which Router and autoscaler cannot see."""
 
 
 class _Frozen(BaseModel):

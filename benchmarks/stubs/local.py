@@ -113,6 +113,8 @@ class LocalCalls:
 
     async def _listen(self) -> None:
         decode = msgspec.msgpack.Decoder(_Reply).decode
+        while not self._path.exists():  # noqa: ASYNC110  (both processes load vLLM at the same time)
+            await asyncio.sleep(0.1)
         reader, self._writer = await asyncio.open_unix_connection(self._path)
         self._connected.set()
         while True:

@@ -112,18 +112,29 @@ async def test_both_ways_come_to_the_same_tokens(watched: Watched) -> None:
     assert here == there != []
 
 
+@pytest.mark.asyncio
+async def test_of_many_prompts_at_once_some_go_to_the_thread(watched: Watched) -> None:
+    text = "A word. " * (short_work.SHORT_CHARS // 16)
+    params = TokenizeParams(max_total_tokens=None)
+    prompts: Any = [{"prompt": text} for _ in range(40)]
+    await watched.renderer.tokenize_prompts_async(prompts, params)
+    here = [thread is threading.current_thread() for thread in watched.tokenized_in]
+    assert len(here) == 40
+    assert 0 < sum(here) <= short_work.AT_ONCE_CHARS / len(text)
+    await watched.ask(SHORT)
+    assert watched.here == (True, True)
+
+
 @pytest.mark.parametrize(
-    ("conversation", "short"),
+    ("conversation", "chars"),
     [
-        ([{"role": "user", "content": "Hello"}], True),
-        ([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], True),
-        ([{"role": "user", "content": [{"type": "text", "text": "x" * 3000}] * 2}], False),
-        ([{"role": "user", "content": [{"type": "image"}]}], False),
-        ([{"role": "user", "content": None}], False),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], False),
-        ([{"role": "user", "content": ""}] * short_work.SHORT_CHARS, False),
-        ([{"role": "user", "content": "x" * 3000}, {"role": "user", "content": "x" * 3000}], False),
+        ([{"role": "user", "content": "Hello"}], 21),
+        ([{"role": "user", "content": [{"type": "text", "text": "Hello"}] * 2}], 42),
+        ([{"role": "user", "content": [{"type": "image"}]}], None),
+        ([{"role": "user", "content": None}], None),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], None),
+        ([{"role": "user", "content": ""}] * 1000, 16_000),
     ],
 )
-def test_a_conversation_is_short_if_it_is_plain_and_little(conversation: Any, short: bool) -> None:
-    assert short_work._is_short(conversation) is short
+def test_a_conversation_has_a_size_if_it_is_plain_text(conversation: Any, chars: int | None) -> None:
+    assert short_work._chars(conversation) == chars

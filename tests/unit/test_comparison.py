@@ -1,0 +1,89 @@
+"""What the comparison makes of what clients report: nothing is started here."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("psutil")
+
+from aiohttp import web
+
+from benchmarks import client
+from benchmarks.client import Load, Result
+from benchmarks.compare import SYSTEMS, WORKLOADS, Case, Measured, Options, as_json, system, table
+from benchmarks.servers import EngineSettings
+
+OPTIONS = Options(systems=("groundswell", "bare"), workloads=("chat-32",), ttft_slo_s=1.0, tpot_slo_s=0.1)
+
+
+def measured(tokens: int, **more: object) -> Measured:
+    result = Result(wall_s=2.0, tokens=tokens, completed=2, ttft_s=[0.5, 1.5], tpot_s=[0.01, 0.01], **more)  # type: ignore[arg-type]
+    return Measured({"chat-32": Case([result])}, first_token_s=[60.0])
+
+
+def test_ratios_are_to_the_bare_server() -> None:
+    text = table(OPTIONS, {"groundswell": measured(50), "bare": measured(100)})
+    assert "25.0 (0.50)" in text
+    assert "50.0 (1.00)" in text
+
+
+def test_goodput_counts_the_requests_that_keep_to_both_limits() -> None:
+    case = measured(100).cases["chat-32"]
+    assert case.goodput(OPTIONS) == 0.5
+    assert case.goodput(Options(ttft_slo_s=2.0, tpot_slo_s=0.1)) == 1.0
+    assert case.goodput(Options(ttft_slo_s=2.0, tpot_slo_s=0.001)) == 0.0
+
+
+def test_a_refusal_for_overload_is_no_failure() -> None:
+    case = measured(100, rejected=3, errors={"Rejected: HTTP 429": 3, "RequestFailed: HTTP 500": 1}).cases["chat-32"]
+    assert (case.failed, case.rejected) == (1, 3 / 6)
+
+
+def test_the_json_line_has_every_system_and_workload() -> None:
+    numbers = as_json(OPTIONS, {"groundswell": measured(50), "bare": measured(100)})
+    assert numbers["systems"]["groundswell"]["workloads"]["chat-32"]["tokens_per_s"] == [25.0]
+    assert numbers["systems"]["bare"]["first_token_s"] == [60.0]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_every_system_has_a_command_with_the_shared_engine_arguments(name: str, replicas: int, tmp_path: Path) -> None:
+    shared = EngineSettings(
+        {"model": "m", "served_model_name": "tiny", "max_model_len": 1234}, {"OMP_NUM_THREADS": "2"}
+    )
+    made = system(name, shared, tmp_path, replicas)
+    said = " ".join(made.command(8450)) + "".join(path.read_text() for path in tmp_path.glob("*.yaml"))
+    assert "1234" in said
+    assert "8450" in said
+
+
+@pytest.mark.asyncio
+async def test_arrivals_do_not_wait_for_answers_and_count_refusals() -> None:
+    waiting, all_here = 0, asyncio.Event()
+
+    async def refuse(request: web.Request) -> web.Response:
+        nonlocal waiting
+        waiting += 1
+        if waiting == 8:
+            all_here.set()
+        await asyncio.wait_for(all_here.wait(), 20)
+        return web.Response(status=429)
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", refuse)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+    result = await client.run(Load(f"http://127.0.0.1:{port}", "tiny", clients=2, requests=4, rate=1000.0))
+    await runner.cleanup()
+    assert (result.rejected, result.failed, result.completed) == (8, 0, 0)
+    assert result.errors == {"Rejected: HTTP 429 ": 8}
+
+
+def test_every_workload_but_arrivals_says_how_many_clients() -> None:
+    assert all(bool(what.clients) != bool(what.share) for what in WORKLOADS.values())
