@@ -4,7 +4,9 @@
     python -m benchmarks.chaos --quick    # each fault once
 
 Every prompt is asked undisturbed first. Decoding is greedy, in float32 on CPUs: what a client gets through a fault must
-be the same tokens. Faults are signals to single processes:
+be the same tokens. Where it is not, the engine is asked how likely it finds both tokens at the place where the answers
+part: a continuation computes in one prefill what the first run computed token by token, so that last bits differ, and
+a tie may fall the other way. Faults are signals to single processes:
 
     actor     SIGKILL to the replica        its EngineCore and Worker die with it
     core      SIGKILL to EngineCore
@@ -43,6 +45,7 @@ from deployments.launch.environment import RUN_ID
 from deployments.launch.processes import is_alive
 
 ENGINES: Final = 2
+TIE_NATS: Final = 1e-3
 BACK_WITHIN_S: Final = 300.0
 ANSWERED_WITHIN_S: Final = 240.0
 METRICS_LAG_S: Final = 45.0
@@ -86,6 +89,8 @@ class Row:
         refused: Answered with an HTTP error.
         broken: Ended in an error event or a broken connection.
         tokens_off: Tokens missing, doubled or different in answers that claim to be whole.
+        ties: Answers not counted there, which part at two tokens that the engine finds equally likely, within
+            `TIE_NATS`.
         longest_pause_s: The longest time any client that got its answer waited for the next token.
         error_after_s: The longest time until a client was told that its stream is broken.
         whole_again_s: Until all engines, or the Router, were back.
@@ -98,6 +103,7 @@ class Row:
     refused: int = 0
     broken: int = 0
     tokens_off: int = 0
+    ties: int = 0
     longest_pause_s: float = 0.0
     error_after_s: float = 0.0
     whole_again_s: float = 0.0
@@ -205,6 +211,21 @@ class House:
         except (OSError, ValueError, KeyError):
             return 0
 
+    def gap(self, prompt: str, said: Sequence[int], one: int, other: int) -> float:
+        """Return how much likelier, in nats, the engine finds one token than another after a prompt and an answer."""
+        asked = self._post("/tokenize", {"model": MODEL_NAME, "prompt": prompt})["tokens"]
+        body = {"prompt": [*asked, *said], "max_tokens": 1, "temperature": 0, "logprobs": 5}
+        answer = self._post("/v1/completions", {**body, "model": MODEL_NAME, "return_tokens_as_token_ids": True})
+        (likely,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+        return float(likely.get(f"token_id:{one}", -100.0) - likely.get(f"token_id:{other}", -100.0))
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
     def recovered(self) -> Counter[str]:
         """Return how many requests were continued and restarted so far, by the Router's own count."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=20) as response:
@@ -259,16 +280,33 @@ async def load(
     return answers, under_way, moment
 
 
-def judge(row: Row, answers: Sequence[Answer], undisturbed: Sequence[Answer], moment: float) -> None:
-    """Add what clients got to a row."""
-    for answer, model in zip(answers, undisturbed, strict=True):
+def judge(
+    row: Row,
+    answers: Sequence[Answer],
+    undisturbed: Sequence[Answer],
+    moment: float,
+    gap: Callable[[int, int, int, int], float],
+) -> None:
+    """Add what clients got to a row.
+
+    `gap(index, place, one, other)` returns how much likelier, in nats, the engine finds one token than another, behind
+    the first `place` undisturbed tokens of the answer with that index.
+    """
+    for index, (answer, model) in enumerate(zip(answers, undisturbed, strict=True)):
         if answer.status not in (0, 200):
             row.refused += 1
         elif answer.problem is not None:
             row.broken += 1
             row.error_after_s = max(row.error_after_s, answer.times[-1] - moment)
         else:
-            row.tokens_off += off(answer, model)
+            place = parting(answer, model)
+            whole = len(answer.tokens) == len(model.tokens) and answer.usage == model.usage
+            if whole and place < len(model.tokens):
+                tie = abs(gap(index, place, model.tokens[place], answer.tokens[place])) < TIE_NATS
+                row.ties += tie
+                row.tokens_off += 0 if tie else off(answer, model)
+            else:
+                row.tokens_off += off(answer, model)
             if len(answer.times) > 2:  # a plain answer comes at once, however long that takes
                 pauses = [b - a for a, b in zip(answer.times, answer.times[1:], strict=False) if b > moment]
                 row.longest_pause_s = max([row.longest_pause_s, *pauses])
@@ -276,12 +314,14 @@ def judge(row: Row, answers: Sequence[Answer], undisturbed: Sequence[Answer], mo
 
 def off(answer: Answer, model: Answer) -> int:
     """Return how many tokens of a whole answer are not as they were undisturbed, `usage` included."""
-    same = 0
-    for a, b in zip(answer.tokens, model.tokens, strict=False):
-        if a != b:
-            break
-        same += 1
+    same = parting(answer, model)
     return max(len(answer.tokens), len(model.tokens)) - same + abs(answer.usage - model.usage)
+
+
+def parting(answer: Answer, model: Answer) -> int:
+    """Return how many tokens two answers have in common at their beginning."""
+    pairs = enumerate(zip(answer.tokens, model.tokens, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(answer.tokens), len(model.tokens)))
 
 
 async def run(
@@ -312,10 +352,16 @@ async def run(
         )
         row.injected += 1
         row.in_flight += len(under_way)
-        judge(row, answers, undisturbed, moment)
         if fault == "silence":  # it would wake up, or be replaced after three health checks of 30 s
             strike.victim.kill()
         row.whole_again_s = max(row.whole_again_s, await house.whole(moment, strike.lost))
+
+        def gap(index: int, place: int, one: int, other: int) -> float:
+            nats = house.gap(asked[index], undisturbed[index].tokens[:place], one, other)
+            say(f"answer {index} parts after {place} tokens, where the two tokens are {nats:.6f} nats apart")
+            return nats
+
+        judge(row, answers, undisturbed, moment, gap)
         if fault != "router":  # which takes its counts with it
             gained = await _gained(house, before)
             row.continued += gained["continued"]
@@ -340,12 +386,12 @@ async def _gained(house: House, before: Counter[str]) -> Counter[str]:
 def table(rows: dict[str, Row]) -> str:
     """Return the rows as Markdown."""
     head = (
-        "| fault | injected | in flight | continued | restarted | refused | broken | tokens off | longest pause, s "
-        "| error after, s | whole again, s |\n|---|---|---|---|---|---|---|---|---|---|---|"
+        "| fault | injected | in flight | continued | restarted | refused | broken | tokens off | ties "
+        "| longest pause, s | error after, s | whole again, s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     lines = [
         f"| {fault} | {r.injected} | {r.in_flight} | {r.continued} | {r.restarted} | {r.refused} | {r.broken} "
-        f"| {r.tokens_off} | {r.longest_pause_s:.1f} | {f'{r.error_after_s:.1f}' if r.broken else ''} "
+        f"| {r.tokens_off} | {r.ties} | {r.longest_pause_s:.1f} | {f'{r.error_after_s:.1f}' if r.broken else ''} "
         f"| {r.whole_again_s:.0f} |"
         for fault, r in rows.items()
     ]
