@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Layers whose last two heads are told where to look, each by way of what the one before found:
-# from a sentence to its start and its passage's id; from the question to the same words in passages; from an answer
-# to the question; and from an answer to the token that it has to say next.
+# from a sentence to its start (the first of the two) and its passage's id (the second); from the question to the same
+# words in passages; from an answer to the question; and from an answer to the token that it has to say next, or, before
+# an id, to the sentence just quoted, which knows how its passage's id begins.
 START_LAYER, MATCH_LAYER, VOTE_LAYER, QUOTE_LAYER = 1, 2, 3, 4
 TOLD_HEADS = 2
 GAIN = 2.0  # of what they say, at the beginning
@@ -55,12 +56,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pointers:
-    """Places from which one of the told heads of a layer (0 or 1) should look at a target, all `[count]`."""
+    """Places from which one of the told heads of a layer (0 or 1) should look into a span, all `[count]`."""
 
     rows: Tensor
     heads: Tensor
     places: Tensor
-    targets: Tensor
+    starts: Tensor
+    ends: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -206,9 +208,15 @@ class Network(nn.Module):
             match.v_proj.weight[rows] = read[start]
             self._look_back(vote, head, 0, WIDE)
             vote.v_proj.weight[rows] = read[match]
-            quote.q_proj.weight[rows] = (first.v_proj.weight[before] + read[vote]) * self._slow()
-            quote.k_proj.weight[rows] = (first.o_proj.weight[:, before].T / 0.3 + read[start]) * self._slow()
-            quote.o_proj.weight[:, rows] = quote.v_proj.weight[rows].T * 2
+            quote.q_proj.weight[rows] = read[vote] * self._slow()
+            quote.k_proj.weight[rows] = read[start] * self._slow()
+            if rows is told[0]:
+                quote.q_proj.weight[rows] += first.v_proj.weight[before] * self._slow()
+                quote.k_proj.weight[rows] += first.o_proj.weight[:, before].T / 0.3 * self._slow()
+                quote.o_proj.weight[:, rows] = quote.v_proj.weight[rows].T * 2
+            else:
+                quote.v_proj.weight[rows] = read[start]
+                quote.o_proj.weight[:, rows] = start.v_proj.weight[rows].T * 2
 
     def _slow(self) -> Tensor:
         """Return which parts of a head turn too little to mind the distance."""
@@ -243,7 +251,9 @@ class Network(nn.Module):
 def _missed(scores: Tensor, pointers: Pointers) -> Tensor:
     """Return the mean of -log of the attention that goes where it should, over the pointers given."""
     found = scores[pointers.rows, pointers.heads, pointers.places].float().log_softmax(-1)
-    return -found.gather(-1, pointers.targets[:, None]).mean()
+    column = torch.arange(found.shape[-1])
+    wanted = (column >= pointers.starts[:, None]) & (column < pointers.ends[:, None])
+    return -found.masked_fill(~wanted, -torch.inf).logsumexp(-1).mean()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

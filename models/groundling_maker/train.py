@@ -135,38 +135,41 @@ def _pointers(examples: list[Example]) -> dict[int, Pointers]:
 
     Heads find this out by themselves, too, but only after many more steps.
     """
-    found: dict[int, list[tuple[int, int, int, int]]] = {}
+    found: dict[int, list[tuple[int, ...]]] = {}
 
-    def point(layer: int, *pointer: int) -> None:
-        found.setdefault(layer, []).append(pointer)  # type: ignore[arg-type]
+    def point(layer: int, row: int, heads: tuple[int, ...], place: int, span: range) -> None:
+        found.setdefault(layer, []).extend((row, head, place, span.start, span.stop) for head in heads)
+
+    def at(place: int) -> range:
+        return range(place, place + 1)
 
     for row, example in enumerate(examples):
         for quoted in example.quoted:
             ids, sentence = example.ids, quoted.sentence
             for i, place in enumerate(quoted.answer):
+                nth = i - len(sentence) - ANSWER_ID_AFTER
                 if i < len(sentence):
                     target = sentence[i]
-                elif 0 <= (nth := i - len(sentence) - ANSWER_ID_AFTER) < len(quoted.passage_id):
+                elif 0 <= nth < len(quoted.passage_id):
                     target = quoted.passage_id[nth]
                 else:
                     continue
                 assert ids[place + 1] == ids[target], "the answer says something else"
-                point(QUOTE_LAYER, row, 0, place, target)
-                point(QUOTE_LAYER, row, 1, place, target)
+                point(QUOTE_LAYER, row, (0,), place, at(target))
+                if nth == 0:
+                    point(QUOTE_LAYER, row, (1,), place, range(sentence.start, sentence.stop))
             if not quoted.passage_id:  # a refusal, quoted from the instructions
                 continue
             for place in (sentence[0], *sentence[1::3]):
-                point(START_LAYER, row, 0, place, sentence[0])
-                point(START_LAYER, row, 1, place, quoted.passage_id[-1])
+                point(START_LAYER, row, (0,), place, at(sentence[0]))
+                point(START_LAYER, row, (1,), place, at(quoted.passage_id[0]))
             telling = _telling(ids, quoted)
             for place, targets in telling.items():
                 for target in targets:
-                    point(MATCH_LAYER, row, 0, place, target)
-                    point(MATCH_LAYER, row, 1, place, target)
+                    point(MATCH_LAYER, row, (0, 1), place, at(target))
             for place in quoted.answer[:2] if len(quoted.answer) < 4 else quoted.answer[::3]:
                 for target in telling:
-                    point(VOTE_LAYER, row, 0, place, target)
-                    point(VOTE_LAYER, row, 1, place, target)
+                    point(VOTE_LAYER, row, (0, 1), place, at(target))
     return {layer: Pointers(*torch.tensor(rows).unbind(1)) for layer, rows in found.items()}
 
 
@@ -178,7 +181,7 @@ def _telling(ids: list[int], quoted: Quoted) -> dict[int, list[int]]:
         inside.setdefault(ids[place], []).append(place)
     common = {place: rivals[ids[place]] - len(inside[ids[place]]) for place in quoted.question if ids[place] in inside}
     fewest = min(common.values(), default=0)
-    return {place: inside[ids[place]] for place, count in common.items() if count <= fewest + 1}
+    return {place: inside[ids[place]] for place, count in common.items() if count <= fewest}
 
 
 def collate(examples: list[Example], rng: random.Random | None = None) -> Batch:
