@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-START_LAYER, SENTENCE_LAYER = 1, 2  # whose last two heads are told where to look
+# Layers whose last two heads are told where to look, each by way of what the one before found:
+# from a sentence to its start (the first of the two) and its passage's id (the second); from the question to the same
+# words in passages; from an answer to the question; and from an answer to the token that it has to say next, or, before
+# an id, to the sentence just quoted, which knows how its passage's id begins.
+START_LAYER, MATCH_LAYER, VOTE_LAYER, QUOTE_LAYER = 1, 2, 3, 4
+TOLD_HEADS = 2
+GAIN = 2.0  # of what they say, at the beginning
 CONSTANT = 8  # so many dimensions of the embeddings begin the same for all tokens
 # How strongly a head begins to look at one distance: a share for each frequency, from the fastest.
 SHARP, WIDE = (0.25, 0.2, 0.2, 0.1, 0.1, 0.1, 0.05), (0.0, 0.0, 0.0, 0.0, 0.03, 0.03, 0.03, 0.02, 0.02)
@@ -50,9 +56,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pointers:
-    """Places from which the last two heads of a layer should look into a span, all `[count]`."""
+    """Places from which one of the told heads of a layer (0 or 1) should look into a span, all `[count]`."""
 
     rows: Tensor
+    heads: Tensor
     places: Tensor
     starts: Tensor
     ends: Tensor
@@ -85,12 +92,15 @@ class Attention(nn.Module):
         q, k, v = (p(x).view(batch, length, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        future = torch.full((length, length), -torch.inf).triu(1)
         if length <= 1024:  # twice as fast as the fused one, whose backward is made for long rows
-            future = torch.full((length, length), -torch.inf).triu(1)
-            mixed = ((q / self.head_dim**0.5) @ k.transpose(-1, -2) + future).softmax(-1) @ v
+            scores = (q / self.head_dim**0.5) @ k.transpose(-1, -2) + future
+            mixed = scores.softmax(-1) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v.float(), is_causal=True)
-        missed = None if pointers is None else _missed(q[:, -2:], k[:, -2:], pointers)
+            if pointers is not None:
+                scores = (q[:, -TOLD_HEADS:] / self.head_dim**0.5) @ k[:, -TOLD_HEADS:].transpose(-1, -2) + future
+        missed = None if pointers is None else _missed(scores[:, -TOLD_HEADS:], pointers)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)), missed
 
 
@@ -161,8 +171,7 @@ class Network(nn.Module):
 
         To copy: heads that look back by a fixed distance, and heads of the next layer that find the places whose past
         looks like the present, and say what came next there ("induction heads", Olsson et al., 2022). To choose:
-        heads that collect the words just before, heads that compare such collections (the question's with each
-        sentence's), and what they then say is the token found by heads that are taught to look at a sentence's start.
+        the told heads, see above, begin by comparing what they will have to compare.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
@@ -173,25 +182,41 @@ class Network(nn.Module):
                 weight.fill_(2.0)
         self.norm.weight.fill_(0.1)  # the embeddings are large, the logits begin small
         self.embed_tokens.weight[:, :CONSTANT] = 1.0  # queries and keys made of this depend on positions alone
-        first, start, sentence = (self.layers[i].self_attn for i in (0, START_LAYER, SENTENCE_LAYER))
-        for attention in (first, start):
+        first, start, match, vote, quote = (layer.self_attn for layer in self.layers)
+        for attention in (first, quote):
             attention.v_proj.weight[:, :CONSTANT] = 0
         for head, distance in enumerate((1, 1, 2, 3)):
             self._look_back(first, head, distance, SHARP)
             rows = self._rows(head)
-            start.q_proj.weight[rows] = first.v_proj.weight[rows] * self._slow()
-            start.k_proj.weight[rows] = first.o_proj.weight[:, rows].T * self._slow() / 0.3
-            start.o_proj.weight[:, rows] = start.v_proj.weight[rows].T * 2
-        for head in (self.shape.num_attention_heads - 2, self.shape.num_attention_heads - 1):
-            self._look_back(first, head, 0, WIDE)
-            rows = self._rows(head)
-            collected = first.o_proj.weight[:, rows].T * self._slow() / 0.3
-            sentence.q_proj.weight[rows] = collected
-            sentence.q_norm.weight.fill_(1.2)
-            sentence.k_norm.weight.fill_(1.2)
-            sentence.k_proj.weight[rows] = collected
-            sentence.v_proj.weight[rows] = start.o_proj.weight[:, rows].T / 0.3
-            sentence.o_proj.weight[:, rows] = start.v_proj.weight[rows].T * 2
+            quote.q_proj.weight[rows] = first.v_proj.weight[rows] * self._slow()
+            quote.k_proj.weight[rows] = first.o_proj.weight[:, rows].T * self._slow() / 0.3
+            quote.o_proj.weight[:, rows] = quote.v_proj.weight[rows].T * 2
+        told = [self._rows(self.shape.num_attention_heads - TOLD_HEADS + i) for i in range(TOLD_HEADS)]
+        for attention in (start, match, vote):
+            for rows in told:
+                attention.o_proj.weight[:, rows] *= GAIN
+        found = torch.linalg.qr(torch.cat([start.o_proj.weight[:, rows] for rows in told], dim=1))[0]
+        before = self._rows(0)
+        for head, rows in enumerate(told, self.shape.num_attention_heads - TOLD_HEADS):
+            read = {each: each.o_proj.weight[:, rows].T / (0.3 * GAIN) for each in (start, match, vote)}
+            word = torch.empty_like(first.v_proj.weight[rows]).normal_(0, 1 / 16, generator=rng)
+            word += 0.5 * first.o_proj.weight[:, before].T / 0.3
+            word -= word @ found @ found.T
+            self._look_back(match, head, 0, WIDE, sign=-1)  # the word itself is not what it looks for
+            match.q_proj.weight[rows] += 2 * word * self._slow()
+            match.k_proj.weight[rows] += 2 * word * self._slow()
+            match.v_proj.weight[rows] = read[start]
+            self._look_back(vote, head, 0, WIDE)
+            vote.v_proj.weight[rows] = read[match]
+            quote.q_proj.weight[rows] = read[vote] * self._slow()
+            quote.k_proj.weight[rows] = read[start] * self._slow()
+            if rows is told[0]:
+                quote.q_proj.weight[rows] += first.v_proj.weight[before] * self._slow()
+                quote.k_proj.weight[rows] += first.o_proj.weight[:, before].T / 0.3 * self._slow()
+                quote.o_proj.weight[:, rows] = quote.v_proj.weight[rows].T * 2
+            else:
+                quote.v_proj.weight[rows] = read[start]
+                quote.o_proj.weight[:, rows] = start.v_proj.weight[rows].T * 2
 
     def _slow(self) -> Tensor:
         """Return which parts of a head turn too little to mind the distance."""
@@ -200,17 +225,20 @@ class Network(nn.Module):
     def _rows(self, head: int) -> slice:
         return slice(head * self.shape.head_dim, (head + 1) * self.shape.head_dim)
 
-    def _look_back(self, attention: Attention, head: int, distance: int, strength: tuple[float, ...]) -> None:
+    def _look_back(
+        self, attention: Attention, head: int, distance: int, strength: tuple[float, ...], sign: int = 1
+    ) -> None:
         """Make a head attend to a distance, whatever the tokens are: strongly to one, or weakly to all around it.
 
-        `strength` is that of each frequency, from the fastest.
+        `strength` is that of each frequency, from the fastest; with a `sign` of -1 the distance is avoided.
         """
         size = self.shape.head_dim
         count = len(strength)
         amplitude = torch.tensor(strength).sqrt()
         angle = self.frequencies[:count] * distance
         query, key = torch.zeros(size), torch.zeros(size)
-        query[:count], query[size // 2 : size // 2 + count] = amplitude * angle.cos(), -amplitude * angle.sin()
+        query[:count] = sign * amplitude * angle.cos()
+        query[size // 2 : size // 2 + count] = -sign * amplitude * angle.sin()
         key[:count] = amplitude
         # What is left of the norm goes where queries and keys do not meet.
         query[size // 2 - 1] = key[-1] = max(0.0, 1 - sum(strength)) ** 0.5
@@ -220,13 +248,12 @@ class Network(nn.Module):
             projection.weight[rows, :CONSTANT] = vector[:, None] / math.sqrt(CONSTANT)
 
 
-def _missed(q: Tensor, k: Tensor, pointers: Pointers) -> Tensor:
-    """Return the mean of -log of the attention that goes where it should, over the places and heads given."""
-    scores = torch.einsum("nhd,nhtd->nht", q[pointers.rows, :, pointers.places], k[pointers.rows]) / q.shape[-1] ** 0.5
-    column = torch.arange(k.shape[2])
-    scores = scores.masked_fill((column > pointers.places[:, None])[:, None], -torch.inf).log_softmax(-1)
+def _missed(scores: Tensor, pointers: Pointers) -> Tensor:
+    """Return the mean of -log of the attention that goes where it should, over the pointers given."""
+    found = scores[pointers.rows, pointers.heads, pointers.places].float().log_softmax(-1)
+    column = torch.arange(found.shape[-1])
     wanted = (column >= pointers.starts[:, None]) & (column < pointers.ends[:, None])
-    return -scores.masked_fill(~wanted[:, None], -torch.inf).logsumexp(-1).mean()
+    return -found.masked_fill(~wanted, -torch.inf).logsumexp(-1).mean()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,15 @@ from torch import Tensor
 
 from models.groundling_maker import tokenizer as tokens
 from models.groundling_maker.data import Conversation, Level, Writer, segments
-from models.groundling_maker.network import SENTENCE_LAYER, START_LAYER, Network, Pointers, Shape
+from models.groundling_maker.network import (
+    MATCH_LAYER,
+    QUOTE_LAYER,
+    START_LAYER,
+    VOTE_LAYER,
+    Network,
+    Pointers,
+    Shape,
+)
 
 SEED = 7
 PROCESSES = 2  # of one thread each: on busy cores, threads would wait for each other at every operation
@@ -43,7 +52,9 @@ WARMUP_STEPS = 40
 DECAY_STEPS = 300
 OTHER_WEIGHT = 0.03  # of tokens nobody has to say, against 1 for answers
 FIRST_WEIGHT = 4.0  # of an answer's first token: where it is decided which sentence to quote, or none
-POINTER_WEIGHT = 0.3  # of where two heads look when an answer begins
+POINTER_WEIGHT = 0.3  # of where the told heads look, each layer
+POINTED = ("start_missed", "match_missed", "vote_missed", "quote_missed")
+ANSWER_ID_AFTER = 2  # tokens between a quoted sentence and its passage's id: a space and a bracket
 OTHER_SHARE = 0.3  # of those, how many are looked at
 CHECKPOINT_S = 150
 
@@ -54,7 +65,17 @@ LEVELS = (
     Level((2, 7), (1, 5), (1, 6), prose=0.4, nonsense=0.05),
 )
 LONG = Level((8, 18), (3, 8), (2, 8), prose=0.5, nonsense=0.0)
-ENOUGH = (0.65, 0.7, 0.75, 2.0)  # of the answers exactly right, to go on to the next level
+ENOUGH = (0.65, 0.55, 0.55, 2.0)  # of the answers exactly right, to go on to the next level
+
+
+@dataclass(frozen=True)
+class Quoted:
+    """Where things stand, as token places: what is asked, the quoted sentence, its passage's id, the answer said."""
+
+    question: range
+    sentence: range
+    passage_id: range
+    answer: range
 
 
 @dataclass
@@ -63,7 +84,7 @@ class Example:
 
     ids: list[int]
     said: list[bool]
-    quoted: list[tuple[int, int, int]] = field(default_factory=list)  # an answer's place, its sentence's span
+    quoted: list[Quoted] = field(default_factory=list)
 
 
 @dataclass
@@ -82,35 +103,85 @@ def encode(tokenizer: Any, conversation: Conversation, *, drill: bool = False) -
     for text, said in segments(conversation):
         ids = tokenizer.encode(text).ids
         if said:
-            sentence = tokenizer.encode(text.split(" [")[0]).ids
-            example.quoted.append((len(example.ids) - 1, *_find(sentence, example.ids)))
+            sentence = tokenizer.encode(text.removesuffix(tokens.END).rsplit(" [", 1)[0]).ids
             ids = ids[:DRILL_TOKENS] if drill else ids
+            quoted = _find(sentence, example.ids, len(ids))
+            example.quoted += [quoted] if quoted else []
         example.ids += ids
         example.said += [said] * len(ids)
     return example
 
 
-def _find(sentence: list[int], ids: list[int]) -> tuple[int, int]:
-    """Return where the sentence stands; where it does not, the very beginning, for refusals."""
-    for start in range(len(ids) - len(sentence)):
-        if ids[start] == sentence[0] and ids[start : start + len(sentence)] == sentence:
-            return start, start + len(sentence)
-    return 0, 1
+def _find(sentence: list[int], ids: list[int], said: int) -> Quoted | None:
+    """Return where a sentence first stands in a prompt; None where it does not."""
+    size = len(sentence)
+    starts = (i for i in range(len(ids) - size) if ids[i] == sentence[0] and ids[i : i + size] == sentence)
+    start = next(starts, None)
+    if start is None:
+        return None
+    asked = max(i for i, token in enumerate(ids) if token in (tokens.USER_ID, tokens.PASSAGE_END_ID))
+    id_start = max((i + 1 for i in range(start) if ids[i] == tokens.PASSAGE_ID), default=0)
+    id_end = next((i for i in range(id_start, start) if ids[i] == tokens.SOURCE_ID), id_start) if id_start else 0
+    return Quoted(
+        range(asked + 1 + 2 * (ids[asked] == tokens.PASSAGE_END_ID), len(ids) - 1),
+        range(start, start + size),
+        range(id_start, id_end),
+        range(len(ids) - 1, len(ids) - 1 + said),
+    )
 
 
 def _pointers(examples: list[Example]) -> dict[int, Pointers]:
-    """Tell two heads to look from an answer's beginning at the sentence, two before them from there at its beginning.
+    """Tell some heads where to look, along the way from the question to the answer's next token.
 
     Heads find this out by themselves, too, but only after many more steps.
     """
-    to_sentence, to_start = [], []
+    found: dict[int, list[tuple[int, ...]]] = {}
+
+    def point(layer: int, row: int, heads: tuple[int, ...], place: int, span: range) -> None:
+        found.setdefault(layer, []).extend((row, head, place, span.start, span.stop) for head in heads)
+
+    def at(place: int) -> range:
+        return range(place, place + 1)
+
     for row, example in enumerate(examples):
-        for place, start, end in example.quoted:
-            to_sentence.append((row, place, start, end))
-            if start > 0:
-                to_start += [(row, inside, start, start + 1) for inside in range(start + 1, end, 8)]
-    found = {SENTENCE_LAYER: to_sentence, START_LAYER: to_start}
-    return {layer: Pointers(*torch.tensor(rows).unbind(1)) for layer, rows in found.items() if rows}
+        for quoted in example.quoted:
+            ids, sentence = example.ids, quoted.sentence
+            for i, place in enumerate(quoted.answer):
+                nth = i - len(sentence) - ANSWER_ID_AFTER
+                if i < len(sentence):
+                    target = sentence[i]
+                elif 0 <= nth < len(quoted.passage_id):
+                    target = quoted.passage_id[nth]
+                else:
+                    continue
+                assert ids[place + 1] == ids[target], "the answer says something else"
+                point(QUOTE_LAYER, row, (0,), place, at(target))
+                if nth == 0:
+                    point(QUOTE_LAYER, row, (1,), place, range(sentence.start, sentence.stop))
+            if not quoted.passage_id:  # a refusal, quoted from the instructions
+                continue
+            for place in (sentence[0], *sentence[1::3]):
+                point(START_LAYER, row, (0,), place, at(sentence[0]))
+                point(START_LAYER, row, (1,), place, at(quoted.passage_id[0]))
+            telling = _telling(ids, quoted)
+            for place, targets in telling.items():
+                for target in targets:
+                    point(MATCH_LAYER, row, (0, 1), place, at(target))
+            for place in quoted.answer[:2] if len(quoted.answer) < 4 else quoted.answer[::3]:
+                for target in telling:
+                    point(VOTE_LAYER, row, (0, 1), place, at(target))
+    return {layer: Pointers(*torch.tensor(rows).unbind(1)) for layer, rows in found.items()}
+
+
+def _telling(ids: list[int], quoted: Quoted) -> dict[int, list[int]]:
+    """Return the places of the question's tokens that tell the sentence from others, and where they stand in it."""
+    rivals = Counter(ids[: quoted.question.start])
+    inside: dict[int, list[int]] = {}
+    for place in quoted.sentence:
+        inside.setdefault(ids[place], []).append(place)
+    common = {place: rivals[ids[place]] - len(inside[ids[place]]) for place in quoted.question if ids[place] in inside}
+    fewest = min(common.values(), default=0)
+    return {place: inside[ids[place]] for place, count in common.items() if count <= fewest}
 
 
 def collate(examples: list[Example], rng: random.Random | None = None) -> Batch:
@@ -278,7 +349,7 @@ class Trainer:
         exact = 1 - len(torch.unique(numbers[~hits[of_answers]])) / int(batch.answers.max())
         answer_loss = float(losses.detach()[of_answers].mean())
         size = float((batch.ids != tokens.PAD_ID).sum())
-        pointed = [*(float(each.detach()) for each in missed), 0.0, 0.0][:2]
+        pointed = [*(float(each.detach()) for each in missed), 0.0, 0.0, 0.0, 0.0][:4]
         *pointed, answer_loss, exact, size, stop = self._share_gradients(
             [*pointed, answer_loss, exact, size, float(self._time_is_up())]
         )
@@ -296,7 +367,7 @@ class Trainer:
             self.decay_start = self.step
             self.batches = iter(())
         figures = {"copy": float(copied), "answer_loss": answer_loss, "exact": exact}
-        return figures if copied else {**figures, "start_missed": pointed[0], "sentence_missed": pointed[1]}
+        return figures if copied else figures | dict(zip(POINTED, pointed, strict=True))
 
     def _share_gradients(self, figures: list[float]) -> list[float]:
         """Replace gradients, and the figures given, by their mean over the processes."""

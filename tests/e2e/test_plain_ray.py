@@ -15,7 +15,6 @@ import pytest
 import requests
 import yaml
 
-from models import tiny_random
 from tests.e2e.serving import CONFIG, ROOT, START_LIMIT_S, free_port
 
 SHUTDOWN_LIMIT_S = 60
@@ -23,10 +22,10 @@ SHUTDOWN_LIMIT_S = 60
 
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:
-    tiny_random.write(ROOT / "models" / "tiny-random")
     config = yaml.safe_load(CONFIG.read_text())
     config["http_options"]["port"] = free_port()
-    config["applications"][0]["deployments"] = [{"name": "Engine-tiny", "max_ongoing_requests": 7}]
+    config["applications"][0]["args"]["models"][0]["deployment"] = {"num_replicas": 1}
+    config["applications"][0]["deployments"] = [{"name": "Engine-groundling", "max_ongoing_requests": 7}]
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -62,7 +61,7 @@ def test_serve_run_answers_through_the_plain_proxy(port: int) -> None:
         except requests.RequestException:  # nobody listens yet, or the proxy holds the request
             pass
         time.sleep(1)
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "stream": True}
+    body = {"model": "groundling", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "stream": True}
     answer = requests.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=120, stream=True)
     lines = [line for line in answer.iter_lines() if line]
     assert lines[-1] == b"data: [DONE]"

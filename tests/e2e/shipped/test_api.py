@@ -10,7 +10,7 @@ import requests
 
 from tests.e2e.serving import Served
 
-MODEL = "tiny"
+MODEL = "groundling"
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
 
 

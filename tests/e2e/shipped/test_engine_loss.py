@@ -12,7 +12,7 @@ from tests.e2e.serving import Served, wait_for
 
 REPLACED_WITHIN_S = 240
 ASK: dict[str, Any] = {
-    "model": "tiny",
+    "model": "groundling",
     "messages": [{"role": "user", "content": "Hello there"}],
     "max_tokens": 4,
 }
@@ -23,17 +23,20 @@ def answers(served: Served) -> bool:
     return reply.status_code == 200
 
 
-def test_vllms_processes_do_not_outlive_a_killed_replica_and_a_waiting_request_is_served(served: Served) -> None:
-    replica, engine = engines(served.run_id), [*cores(served.run_id), *workers(served.run_id)]
-    assert (len(replica), len(engine)) == (1, 2)
-    replica[0].kill()
-    wait_for(lambda: not any(map(is_alive, engine)), "EngineCore and Worker are gone", 10)
+def test_vllms_processes_do_not_outlive_killed_replicas_and_a_waiting_request_is_served(served: Served) -> None:
+    replicas, vllm = engines(served.run_id), [*cores(served.run_id), *workers(served.run_id)]
+    assert (len(replicas), len(vllm)) == (2, 4)
+    for replica in replicas:
+        replica.kill()
+    wait_for(lambda: not any(map(is_alive, vllm)), "EngineCores and Workers are gone", 10)
     assert answers(served)
 
 
 def test_a_replica_whose_engine_core_died_is_replaced(served: Served) -> None:
-    replica, core = engines(served.run_id), cores(served.run_id)
-    assert (len(replica), len(core)) == (1, 1)
-    core[0].kill()
-    wait_for(lambda: not any(map(is_alive, replica)), "the replica has left", 20)
+    wait_for(lambda: len(cores(served.run_id)) == 2, "both engines are back", REPLACED_WITHIN_S)
+    core = cores(served.run_id)[0]
+    replica = core.parent()
+    assert replica is not None
+    core.kill()
+    wait_for(lambda: not is_alive(replica), "the replica has left", 20)
     assert answers(served)

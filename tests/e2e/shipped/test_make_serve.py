@@ -34,7 +34,7 @@ def test_says_where_it_is_and_the_request_it_prints_works(served: Served) -> Non
 
 def test_tells_how_loading_goes(served: Served) -> None:
     assert [line for line in served.lines if re.match(r" *\d+ s  deploying", line)], served.output
-    assert re.search(r"running .*\b1/1\b", served.output)
+    assert re.search(r"running .*\b2/2\b", served.output)
 
 
 def test_metrics_can_be_scraped(served: Served) -> None:
