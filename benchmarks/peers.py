@@ -76,7 +76,8 @@ class RayServeLlm(Server):
         ours = defaults(self._scratch)
         places = ("_LOC", "_PATH", "_BASE", "_FILE", "_PORT")
         moved = {k: v for k, v in ours.items() if k.endswith(places) and k != "RAY_SERVE_HAPROXY_BINARY_PATH"}
-        return {**moved, "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        patience = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+        return {**moved, patience: ours[patience], "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
     def is_ready(self) -> bool:
         """It has no path for health of its own: it is ready when it has answered a request."""

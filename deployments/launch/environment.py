@@ -41,6 +41,8 @@ def everywhere() -> dict[str, str]:
         # Speed: HAProxy in front, gRPC between the deployments. Both are read once, when Serve starts.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # HAProxy's actor has three times this long to start; Serve's 5 s are too short on a machine that is busy.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         # Ray lowers its workers' priority (nice 15), and with it that of engines and Routers: on a machine that does
         # anything else they would come last, and a batch waits for the slowest of its threads.
         "RAY_worker_niceness": "0",
