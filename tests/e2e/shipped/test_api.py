@@ -56,7 +56,7 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
 
 
 def test_several_choices_come_from_one_request(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=4, n=2)
+    answer = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=4, n=2, temperature=1)
     assert [choice.index for choice in answer.choices] == [0, 1]
 
 
