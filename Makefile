@@ -52,7 +52,7 @@ test: check browser host-tools ## Check, then test: units, cluster files, Ray wi
 host-tools:
 	@if ! { command -v ip && command -v redis-server; } >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "Installing iproute2 and redis-server for tests/cluster/hosts"; \
-	  { apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends iproute2 redis-server; } \
+	  { apt-get update -qq; RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends iproute2 redis-server; } \
 	    >/dev/null 2>&1 || echo "They could not be installed"; \
 	fi
 
@@ -81,7 +81,7 @@ chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare
 ramp: $(INSTALLED_DEV) ## Have engines follow a load that rises and falls, from none and back: a table and a plot.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ramp
 
-clean: ## Remove the environment, caches and the model that `make serve` wrote.
+clean: ## Remove the environment, caches and the model of random weights.
 	rm -rf $(VENV) models/tiny-random .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -175,14 +175,14 @@ def engine_options(model: ModelConfig, known: Outline, *, gpu: bool) -> dict[str
         ConfigError: Options that contradict each other.
     """
     given = model.deployment
-    gpu = gpu or given.get("ray_actor_options", {}).get("num_gpus", 0) > 0 or "placement_group_bundles" in given
+    gpu = gpu or ((given.get("ray_actor_options") or {}).get("num_gpus") or 0) > 0 or "placement_group_bundles" in given
     options = _deployment_options(engine_defaults(known, gpu=gpu), given)
     if "placement_group_bundles" in options and "placement_group_bundles" not in given:
         _fit_the_group_to_its_actor(options)
     if "placement_group_bundles" in options and options.get("max_replicas_per_node") is not None:
         raise ConfigError(f"model {model.name!r}: Serve takes no `max_replicas_per_node` with a placement group")
     if model.scaling is not None:
-        if "autoscaling_config" not in options:
+        if not options.get("autoscaling_config"):
             raise ConfigError(f"model {model.name!r}: `scaling` needs an `autoscaling_config`, not `num_replicas`")
         if "policy" in options["autoscaling_config"]:
             raise ConfigError(f"model {model.name!r}: `scaling` is a policy already; give one or the other")

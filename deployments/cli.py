@@ -90,7 +90,7 @@ def check(config: preflight.ServeConfig) -> bool:
 
 
 def make_example_model(model: preflight.ServedModel, folder: Path) -> None:
-    """Make the example model that the default config names, unless it is there: it takes a second."""
+    """Make the model of random weights where a config names it and it is not there: it takes a second."""
     path = preflight.local_path(model.reference, folder)
     if path is None or path.exists() or path.name != "tiny-random":
         return

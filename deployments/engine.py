@@ -142,7 +142,7 @@ def gpus_of(assigned: Mapping[str, float]) -> float:
 
 def has_workers_elsewhere(model: ModelConfig) -> bool:
     """Whether its GPUs are held by Ray actors of vLLM's, and not by the replica's own."""
-    given = {key.replace("-", "_"): value for key, value in model.engine_args.items()}
+    given = {key.replace("-", "_"): value for key, value in {**model.frontend_args, **model.engine_args}.items()}
     return bool(given.get("distributed_executor_backend") == "ray")
 
 

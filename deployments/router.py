@@ -139,8 +139,8 @@ class Router:
         config, keys = self._config.router, self._keys
         if keys is not None and config.keys is not None:
             self._tasks.append(asyncio.get_running_loop().create_task(_refresh(keys, config.keys.reread_interval_s)))
-        gate = Gate(
-            app,
+        return Gate(
+            app if self._tracing is None else TracedApp(app, self._tracing),
             keys,
             model_paths,
             max_header_count=config.max_header_count,
@@ -148,7 +148,6 @@ class Router:
             metrics=self._metrics,
             open_pages=() if self._page is None else self._page.paths,
         )
-        return gate if self._tracing is None else TracedApp(gate, self._tracing)
 
     def _retriever(self) -> Any:
         """Return the Retriever, as those who ask it call it; None without a document store."""

@@ -56,7 +56,9 @@ class Tracing:
 
         context = self._propagator.extract(headers) if headers else None
         kind = SpanKind.SERVER if headers is not None else SpanKind.INTERNAL
-        with self._tracer.start_as_current_span(name, context, kind=kind, attributes=attributes) as span:
+        with self._tracer.start_as_current_span(
+            name, context, kind=kind, attributes=attributes, record_exception=False
+        ) as span:
             yield span
 
     def headers(self) -> dict[str, str]:

@@ -193,7 +193,7 @@ def check_memory(models: tuple[ServedModel, ...], folder: Path, *, available_byt
     if need > available_bytes:
         raise CannotStart(
             f"Not enough memory: {engines} engine{'s'[: engines != 1]} and Ray need about {need / GB:.1f} GB and "
-            f"{available_bytes / GB:.1f} GB are free; stop something, or lower `min_replicas`."
+            f"{available_bytes / GB:.1f} GB are free; stop something, or have fewer replicas."
         )
 
 

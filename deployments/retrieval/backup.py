@@ -48,8 +48,9 @@ class Place:
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
     def files(self, below: str) -> list[str]:
-        """Return the paths of all files below a folder, without the root."""
-        selector = fs.FileSelector(f"{self.root}/{below}", recursive=True, allow_not_found=True)
+        """Return the paths of all files below a folder, or below the root, without the root."""
+        folder = f"{self.root}/{below}" if below else self.root
+        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
         found = self.system.get_file_info(selector)
         return [info.path.removeprefix(f"{self.root}/") for info in found if info.type == fs.FileType.File]
 
@@ -86,7 +87,7 @@ def back_up(
     tables = old.folders("tables")
     if f"{FILES.name}.lance" not in tables:
         raise BackupFailed(f"there is no document store at {source}")
-    if new.files("."):
+    if new.files(""):
         raise BackupFailed(f"there is something at {target} already")
     copied = 0
     with ThreadPoolExecutor(_THREADS) as pool:

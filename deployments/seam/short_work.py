@@ -79,7 +79,7 @@ def _chars(conversation: Sequence[Mapping[str, Any]]) -> int | None:
     """Return about how many characters the messages have; None if they are more than plain text."""
     chars = 0
     for message in conversation:
-        if message.get("tool_calls"):
+        if any(value for key, value in message.items() if key not in ("role", "content")):
             return None
         content = message.get("content")
         for part in content if isinstance(content, list) else [content]:

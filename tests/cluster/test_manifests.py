@@ -295,6 +295,14 @@ class TestTheImage:
         wanted = environment.on_a_cluster(SCRIPTS)
         assert wanted.items() <= image_environment().items()
 
+    def test_it_holds_the_model_that_its_config_names(self) -> None:
+        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+        (model,) = config["applications"][0]["args"]["models"]
+        path = model["engine_args"]["model"]
+        assert (ROOT / path).is_dir()
+        assert f"COPY {path} {path}" in containerfile()
+        assert f"!{path}" in (CLUSTER / "Containerfile.dockerignore").read_text().splitlines()
+
     def test_it_installs_as_the_makefile_does(self) -> None:
         assert "RUN make install ACCELERATOR=${ACCELERATOR}" in containerfile()
         assert image_environment()["PATH"].split(":")[0] == str(SCRIPTS)

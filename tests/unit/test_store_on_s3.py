@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deployments.errors import NotFound
-from deployments.retrieval.backup import back_up
+from deployments.retrieval.backup import BackupFailed, back_up
 from deployments.retrieval.records import Attachment, PageRequest
 from deployments.retrieval.writer import Fenced
 from tests.e2e.serving import free_port
@@ -85,6 +85,8 @@ async def test_a_backup_goes_from_a_folder_to_s3_and_back(s3: dict[str, str], tm
     async with house(tmp_path / "old") as old:
         store_id, (file_id,) = await old.store_of("the tide comes in")
     back_up(str(tmp_path / "old"), "s3://docs/backup", target_options=s3)
+    with pytest.raises(BackupFailed, match="already"):
+        back_up(str(tmp_path / "old"), "s3://docs/backup", target_options=s3)
     back_up("s3://docs/backup", str(tmp_path / "new"), source_options=s3)
     async with house("s3://docs/backup", storage_options=s3) as there:
         assert await there.text(store_id, file_id) == "the tide comes in"

@@ -14,7 +14,7 @@ export class ApiError extends Error {
 
 /** The key of this browser. It goes nowhere but into requests to this server. */
 export const key = {
-  get: () => read(sessionStorage) ?? read(localStorage),
+  get: () => read(() => sessionStorage) ?? read(() => localStorage),
   set(value, { remember }) {
     this.forget();
     try {
@@ -25,9 +25,9 @@ export const key = {
   },
   forget() {
     held = null;
-    for (const storage of [localStorage, sessionStorage]) {
+    for (const storage of [() => localStorage, () => sessionStorage]) {
       try {
-        storage.removeItem(KEY);
+        storage().removeItem(KEY);
       } catch {
         // a browser that stores nothing has nothing to forget
       }
@@ -39,7 +39,7 @@ let held = null;
 
 function read(storage) {
   try {
-    return storage.getItem(KEY) ?? held;
+    return storage().getItem(KEY) ?? held;
   } catch {
     return held;
   }

@@ -216,6 +216,7 @@ export class Documents {
   }
 
   #drawFiles() {
+    if (!this.#store) return; // deleted while something of it was under way
     const mine = this.#uploads.filter((each) => each.store === this.#store.id);
     const rows = [...mine.map((each) => this.#uploadRow(each)), ...this.#members.map((member) => this.#fileRow(member))];
     const table = $('#files');
@@ -290,8 +291,12 @@ export class Documents {
     for (;;) {
       const each = this.#uploads.find((one) => one.state === 'queued');
       if (!each) break;
-      await this.#send(each);
-      if (this.#store?.id === each.store) await this.#refreshFiles();
+      try {
+        await this.#send(each);
+        if (this.#store?.id === each.store) await this.#refreshFiles();
+      } catch (error) {
+        this.#trouble(error);
+      }
     }
     this.#working -= 1;
   }

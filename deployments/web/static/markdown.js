@@ -24,6 +24,9 @@ const ALLOWED = {
 
 const OPEN = '\uE000';
 const CLOSE = '\uE001';
+// A text may bring both, as entities even: what it cannot bring is this page's own number.
+const OURS = String(crypto.getRandomValues(new Uint32Array(1))[0]).padStart(10, '0');
+const MARK = new RegExp(`${OPEN}${OURS}(\\d+)${CLOSE}`);
 
 /**
  * A fragment for a text.
@@ -59,7 +62,7 @@ function withMarks(text, marks) {
   const points = Array.from(text.replace(/[\uE000\uE001]/g, '\uFFFD'));
   const placed = [...marks].map((mark, i) => ({ at: Math.min(mark.index, points.length), i }));
   placed.sort((a, b) => b.at - a.at || b.i - a.i);
-  for (const { at, i } of placed) points.splice(at, 0, `${OPEN}${i}${CLOSE}`);
+  for (const { at, i } of placed) points.splice(at, 0, `${OPEN}${OURS}${i}${CLOSE}`);
   return points.join('');
 }
 
@@ -68,7 +71,7 @@ function replaceMarks(fragment, marks) {
   const texts = [];
   while (walker.nextNode()) if (walker.currentNode.data.includes(OPEN)) texts.push(walker.currentNode);
   for (const node of texts) {
-    const pieces = node.data.split(/\uE000(\d+)\uE001/);
+    const pieces = node.data.split(MARK);
     node.replaceWith(...pieces.map((piece, i) => (i % 2 ? mark(marks[Number(piece)]) : piece)));
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ def test_an_overloaded_server_is_asked_again_after_a_countdown(scripted_server: 
     answer = tab.ask("Now, please")
     tab.until(answer, "retrying")
     assert "Too much is asked of it" in notice(answer).inner_text()
-    assert "Asking again in 7 s" in notice(answer).inner_text()  # its Retry-After
+    assert re.search(r"Asking again in [567] s", notice(answer).inner_text())  # its Retry-After
     answer.locator(".count-down", has_text="in 5 s").wait_for()
     scripted_server.fleet.full = False
     tab.until(answer, "done")
