@@ -127,8 +127,11 @@ class Searcher:
             async with self._staged("retrieve"), asyncio.TaskGroup() as group:
                 words = group.create_task(self._by_words(stores, queries, where, limit)) if legs["words"] else None
                 near = group.create_task(self._by_meaning(stores, queries, where, limit)) if legs["meaning"] else None
-        except* PublicError as errors:
-            raise _first(errors) from None
+        except BaseExceptionGroup as group:  # not `except*`: Python before 3.11.4 wraps what is raised in there again
+            public, others = group.split(PublicError)
+            if public is None or others is not None:
+                raise
+            raise _first(public) from None
         async with self._staged("rank"):
             by_words = words.result() if words else nothing
             by_meaning = near.result() if near else nothing

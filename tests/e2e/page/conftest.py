@@ -73,7 +73,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[S
         "engine_args": {
             "model": str(folder / "tiny"),
             "dtype": "float32",
-            "max_model_len": 2048,
+            "max_model_len": 4096,
             "max_num_seqs": 4,
             "enforce_eager": True,
         },

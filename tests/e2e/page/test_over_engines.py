@@ -57,7 +57,7 @@ def test_an_answer_of_the_engine_streams_in_with_its_numbers(served: Served, vis
     page = tab.open()
     page.locator(".status", has_text="2 engines ready").wait_for()
     page.click("#open-settings")
-    page.get_by_label("Longest answer, tokens").fill("200")
+    page.get_by_label("Longest answer, tokens").fill("1500")
     page.get_by_role("button", name="Use these").click()
     answer = tab.ask("Hello there")
     lengths = set()
@@ -66,7 +66,9 @@ def test_an_answer_of_the_engine_streams_in_with_its_numbers(served: Served, vis
         page.wait_for_timeout(20)
     assert len(lengths) > 4
     assert answer.get_attribute("data-state") == "done"
-    assert re.search(r"to first token.*tokens/s.*200 tokens.*prompt \d+", answer.locator(".numbers").inner_text())
+    assert re.search(
+        r"to first token.*tokens/s.*1\u2009500 tokens.*prompt \d+", answer.locator(".numbers").inner_text()
+    )
     assert "longest answer" in answer.locator(".notice").inner_text()
 
 
