@@ -35,6 +35,11 @@ def endless(tab: Visit) -> None:
     )
 
 
+def press_stop(page: Any) -> None:
+    """Press it at once: playwright's own click first waits for a page that does not move, and this one is written to."""
+    page.get_by_role("button", name="Stop").evaluate("button => button.click()")
+
+
 def said(page: Any) -> str:
     """Return what of the latest answer has arrived, as the page keeps it."""
     return str(
@@ -90,7 +95,7 @@ def test_the_fleet_is_seen_at_work(served: Served, visit: Open) -> None:
     assert seen["ttft_s"] > 0 and seen["kv_cache_usage"] >= 0 and seen["prefix_hit_rate"] is not None
     assert sum(replica["running"] for replica in seen["replicas"]) == seen["running"] == 1
     page.click('nav a[href="#chat"]')
-    page.get_by_role("button", name="Stop").click()
+    press_stop(page)
     wait_for(lambda: cancelled(served) > 0, "that is counted", 30)
 
 
@@ -102,7 +107,7 @@ def test_stop_frees_the_engine(served: Served, visit: Open) -> None:
     answer = tab.ask("Never end")
     wait_for(lambda: fleet(served)["running"] == 1, "the request runs", 20)
     before = cancelled(served)
-    page.get_by_role("button", name="Stop").click()
+    press_stop(page)
     tab.until(answer, "stopped", 5)
     wait_for(lambda: fleet(served)["running"] == 0, "the engine is free", 5)
     wait_for(lambda: cancelled(served) == before + 1, "it was cancelled, and had not ended by itself", 30)
