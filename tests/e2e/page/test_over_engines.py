@@ -36,7 +36,7 @@ def endless(tab: Visit) -> None:
 
 
 def press_stop(page: Any) -> None:
-    """Press it at once: playwright's own click first waits for a page that does not move, and this one is written to."""
+    """Press it at once: playwright's own click first waits until nothing moves, and the page is being written."""
     page.get_by_role("button", name="Stop").evaluate("button => button.click()")
 
 
