@@ -45,8 +45,8 @@ serve: $(INSTALLED) ## Serve CONFIG (serve_config.yaml) on this machine until Ct
 
 install: $(INSTALLED) ## Install what `make serve` needs into .venv.
 
-test: check browser host-tools ## Check, then test: units, cluster files, Ray with a stub engine, the whole with vLLM, several hosts.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit tests/serve tests/e2e tests/cluster
+test: check browser host-tools ## Check, then test: units, cluster files, Ray with a stub engine, the whole with vLLM, several hosts. LONG=1: all of it.
+	HF_HUB_OFFLINE=1 GROUNDSWELL_TEST_LONG=$(LONG) $(BIN)/python -m pytest tests/unit tests/serve tests/e2e tests/cluster
 
 # What tests/cluster/hosts makes hosts with. Where it is missing and cannot be installed, those tests are skipped and say so.
 host-tools:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import psutil
+import pytest
 import requests
 
 from benchmarks.replicas import engines
 from tests.e2e.page.conftest import Visit
 from tests.e2e.serving import Served, wait_for
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("GROUNDSWELL_TEST_LONG") != "1", reason="takes minutes: make test LONG=1"
+)
 Open = Callable[..., Visit]
 REPLACED_WITHIN_S = 240
 
