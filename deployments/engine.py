@@ -20,6 +20,7 @@ from deployments.fleet.autoscaling import Waits
 from deployments.fleet.channel import ChannelError, EngineEnd, Link, Metrics
 from deployments.metrics import RayMetrics
 from deployments.outcomes import Refusal, outcome_of
+from deployments.outline import outline
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,8 +143,7 @@ def gpus_of(assigned: Mapping[str, float]) -> float:
 
 def has_workers_elsewhere(model: ModelConfig) -> bool:
     """Whether its GPUs are held by Ray actors of vLLM's, and not by the replica's own."""
-    given = {key.replace("-", "_"): value for key, value in {**model.frontend_args, **model.engine_args}.items()}
-    return bool(given.get("distributed_executor_backend") == "ray")
+    return outline(model).executor == "ray"
 
 
 class Engine:
