@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import mimetypes
 import os
 import secrets
 import sys
@@ -63,7 +64,8 @@ class Server:
             return requests.request(method, f"{self._url}/v1/{path}", headers=headers, timeout=_TIMEOUT_S, **options)
         except requests.RequestException as error:
             raise Failure(
-                f"No server answers at {self._url}: {type(error).__name__}. Start one with `make serve`."
+                f"No server answers at {self._url}: {type(error).__name__}. Start one with `make serve`, or say "
+                "with --url where it is."
             ) from None
 
     def stream(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
@@ -139,7 +141,7 @@ class Document:
 
 
 def found(paths: list[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield the files under paths, and the names they go by; hidden ones are left out.
+    """Yield the files under paths, and the names they go by; those that are hidden in folders are left out.
 
     Raises:
         Failure: A path is not there.
@@ -155,6 +157,12 @@ def found(paths: list[Path]) -> Iterator[tuple[Path, str]]:
                     yield inner, relative.as_posix()
         else:
             raise Failure(f"{path} is not there.")
+
+
+def has_no_text(name: str) -> bool:
+    """Return whether a file is by its name a picture, a sound, a film or a font."""
+    kind, _ = mimetypes.guess_type(name)
+    return kind is not None and kind.startswith(("image/", "audio/", "video/", "font/"))
 
 
 def digest(path: Path) -> str:
@@ -189,7 +197,12 @@ class Bar:
 
 def ingest(server: Server, options: argparse.Namespace) -> int:
     """Upload files, attach them to a store, wait until they are indexed. Begin again after a break where it was."""
-    documents = [Document(path, name[-512:], digest(path)) for path, name in found(options.paths)]
+    documents, skipped = [], []
+    for path, name in found(options.paths):
+        if has_no_text(name) and path not in options.paths:  # who names a picture is told why it cannot be read
+            skipped.append(name)
+        else:
+            documents.append(Document(path, name[-512:], digest(path)))
     store = server.store(options.store, create=True)
     present = {str(f["attributes"].get("path")): f for f in server.listed(f"vector_stores/{store}/files")}
     todo = [d for d in documents if not _is_there(present.get(d.name), d)]
@@ -217,6 +230,8 @@ def ingest(server: Server, options: argparse.Namespace) -> int:
             problems[file["attributes"]["path"]] = (file["last_error"] or {}).get("message", "")
     completed = sum(file["status"] == "completed" for file in states)
     print(f"{completed} files in {options.store} ({store}), {len(documents) - len(todo)} of them were there before")
+    if skipped:
+        print(f"  skipped {len(skipped)} without text: {', '.join(skipped[:5])}{', …' if len(skipped) > 5 else ''}")
     for name, problem in sorted(problems.items()):
         print(f"  failed  {name}: {problem}")
     return 1 if problems else 0
@@ -276,14 +291,15 @@ def ask(server: Server, options: argparse.Namespace) -> int:
         elif kind == "response.output_text.annotation.added":
             annotation = event["annotation"]
             sources.setdefault(annotation["file_id"], annotation["filename"])
+            print(f" [{list(sources).index(annotation['file_id']) + 1}]", end="", flush=True)
         elif kind in ("error", "response.failed"):
             error = event.get("error") or event.get("response", {}).get("error") or event
             raise Failure(f"The answer broke off: {error.get('message', 'no reason was given')}")
     print()
     if sources:
         print("\nSources:")
-        for file_id, filename in sources.items():
-            print(f"  {filename}  ({file_id})")
+        for number, (file_id, filename) in enumerate(sources.items(), 1):
+            print(f"  [{number}] {filename}  ({file_id})")
     return 0
 
 

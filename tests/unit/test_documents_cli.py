@@ -57,6 +57,7 @@ def folder(tmp_path: Path) -> Path:
     (docs / "one.md").write_text("# One\n\nA zebra has stripes.")
     (docs / "sub" / "two.txt").write_text("A horse has none.")
     (docs / "fake.pdf").write_text("not a PDF")
+    (docs / "sub" / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     return docs
 
 
@@ -68,6 +69,7 @@ async def test_ingest_uploads_waits_sums_up_and_goes_on_where_it_was(
     said = capsys.readouterr()
     assert "2 files in zoo" in said.out
     assert "failed  docs/fake.pdf: The file is named .pdf but is not a PDF." in said.out
+    assert "skipped 1 without text: docs/sub/photo.png" in said.out
     assert "uploading 3/3" in said.err
     (folder / "fake.pdf").unlink()
     (folder / "three.txt").write_text("A zebra again.")
@@ -84,6 +86,8 @@ async def test_ingest_uploads_waits_sums_up_and_goes_on_where_it_was(
     assert "black stripes" in found
     assert "docs/three.txt" in found
     assert "has stripes" not in found
+    assert await groundswell("ingest", str(folder / "sub" / "photo.png"), "--store", "zoo", "--url", url) == 1
+    assert "failed  photo.png: The file is a PNG image" in capsys.readouterr().out
 
 
 @pytest.mark.asyncio
@@ -159,7 +163,7 @@ def responses() -> Iterator[str]:
 
 def test_ask_streams_the_answer_and_lists_its_sources(responses: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "What does a zebra have?", "--store", "zoo", "--url", responses]) == 0
-    assert capsys.readouterr().out == "Stripes, mostly.\n\nSources:\n  one.md  (file-1)\n"
+    assert capsys.readouterr().out == "Stripes [1], mostly. [1]\n\nSources:\n  [1] one.md  (file-1)\n"
     assert StubResponses.asked == {
         "model": "tiny",
         "input": "What does a zebra have?",
