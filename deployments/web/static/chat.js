@@ -614,14 +614,17 @@ function passage(result) {
 /** The passages an answer cites, numbered in the order it cites them. Without a place among the results, by file. */
 export function sourcesOf(message) {
   const sources = [];
+  const points = [...message.content];
   for (const citation of message.citations) {
     if (sources.some((source) => source.has(citation))) continue;
+    const before = Math.max(0, ...message.citations.map((each) => each.index).filter((index) => index < citation.index));
     const found = message.found[citation.result_index] ?? message.found.find((each) => each.fileId === citation.file_id);
     sources.push({
       number: sources.length + 1,
       fileId: citation.file_id,
       filename: citation.filename,
       text: found?.text ?? '',
+      said: points.slice(before, citation.index).join(''),
       score: found?.score ?? null,
       has: (other) => other.file_id === citation.file_id && other.result_index === citation.result_index,
     });

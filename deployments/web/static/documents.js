@@ -14,7 +14,7 @@ export class Documents {
   #stores = [];
   #store = null;
   #members = [];
-  #names = new Map();
+  #files = new Map(); // what is known of them, by id
   #uploads = []; // of this page: files on their way, and those that failed
   #working = 0;
   #timer = null;
@@ -127,7 +127,7 @@ export class Documents {
     $('#store-list').replaceChildren(
       ...this.#stores.map((store) => {
         const { completed, in_progress: busy, failed } = store.file_counts;
-        const facts = [plural(completed, 'file')];
+        const facts = [plural(completed + busy + failed, 'file')];
         if (busy) facts.push(`${count(busy)} on their way`);
         if (failed) facts.push(`${count(failed)} failed`);
         const open = h(
@@ -197,8 +197,8 @@ export class Documents {
         list(`v1/vector_stores/${store.id}/files`, { most: MOST_FILES }),
         get(`v1/vector_stores/${store.id}`),
       ]);
-      if (members.some((member) => !this.#names.has(member.id))) {
-        for (const file of await list('v1/files', { limit: 10_000, most: 10_000 })) this.#names.set(file.id, file.filename);
+      if (members.some((member) => !this.#files.has(member.id))) {
+        for (const file of await list('v1/files', { limit: 10_000, most: 10_000 })) this.#files.set(file.id, file);
       }
       if (store.id !== this.#store?.id) return;
       this.#members = members;
@@ -230,7 +230,8 @@ export class Documents {
   }
 
   #fileRow(member) {
-    const name = this.#names.get(member.id) ?? member.id;
+    const file = this.#files.get(member.id);
+    const name = file?.filename ?? member.id;
     const button = h('button', { type: 'button', class: 'link', 'aria-label': `Delete ${name}` }, 'Delete');
     button.addEventListener('click', async () => {
       if (!(await confirmed({ title: `Delete ${name}?`, text: 'It goes from every store it is in.', action: 'Delete' })).yes) return;
@@ -250,7 +251,7 @@ export class Documents {
       { 'data-id': member.id },
       h('td', { class: 'name' }, name, member.last_error && h('p', { class: 'reason' }, member.last_error.message)),
       h('td', {}, badge(states[member.status], member.status)),
-      h('td', { class: 'number' }, bytes(member.usage_bytes)),
+      h('td', { class: 'number' }, file ? bytes(file.bytes) : ''),
       h('td', { class: 'deed' }, button),
     );
   }
@@ -311,7 +312,7 @@ export class Documents {
     try {
       const file = await patiently(() => upload(each.file, { onProgress, signal: each.stop.signal }), each.stop.signal);
       each.fileId = file.id;
-      this.#names.set(file.id, file.filename);
+      this.#files.set(file.id, file);
       await patiently(() => post(`v1/vector_stores/${each.store}/files`, { file_id: file.id }, each.stop.signal), each.stop.signal);
       each.state = 'reading';
     } catch (error) {

@@ -16,6 +16,17 @@ export function locate(text, passage) {
   return at < 0 ? null : [places[at], places[at + wanted.length - 1] + 1];
 }
 
+/** Start and end of what an answer quotes of a passage: all that it `said`, or its last sentence; null where it does not. */
+export function quoted(passage, said) {
+  const plain = said.replace(/[*_`]/g, '').trim();
+  const last = plain.split(/(?<=[.!?])\s+|\n/).at(-1);
+  for (const part of [plain, last]) {
+    const place = part.length > 3 && locate(passage, part);
+    if (place) return place;
+  }
+  return null;
+}
+
 /** A piece of `text` around a passage, cut at line ends where there are some near. */
 export function around(text, [start, end], most) {
   const from = Math.max(0, start - most);

@@ -90,6 +90,7 @@ const documents = new Documents({
   openPassage: openFound,
   askFrom: (store) => {
     location.hash = 'chat';
+    showView(); // now, as what is hidden takes no focus
     chat.askFrom(store);
   },
 });

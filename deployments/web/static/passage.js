@@ -2,13 +2,13 @@
 
 import { getBounded } from './api.js';
 import { $, announce, h } from './dom.js';
-import { around, joined, locate } from './locate.js';
+import { around, joined, locate, quoted } from './locate.js';
 import { explain } from './words.js';
 
 const MOST_BYTES = 4_000_000;
 const CONTEXT_CHARS = 3000;
 
-/** Opens at one of several passages: `{fileId, filename, text, score, stores}`; gives the focus back when closed. */
+/** Opens at one of several passages: `{fileId, filename, text, score, stores, said}`; gives the focus back when closed. */
 export class PassagePanel {
   #panel = $('#passage');
   #opener = null;
@@ -51,7 +51,7 @@ export class PassagePanel {
     $('#passage-before').hidden = $('#passage-after').hidden = this.#passages.length < 2;
     $('#passage-before').disabled = this.#at === 0;
     $('#passage-after').disabled = this.#at === this.#passages.length - 1;
-    $('#passage-text').replaceChildren(h('mark', {}, passage.text));
+    $('#passage-text').replaceChildren(marked(passage.text, passage));
     announce(`Passage from ${passage.filename}`);
     this.#load(passage);
   }
@@ -70,19 +70,25 @@ export class PassagePanel {
         return;
       }
       note.textContent = '';
-      show(text, place, CONTEXT_CHARS);
+      show(text, place, CONTEXT_CHARS, passage);
     } catch (error) {
       if (error.name !== 'AbortError') note.textContent = `${explain(error).heading}. This is the passage, as the answer had it.`;
     }
   }
 }
 
-function show(text, [start, end], context) {
+/** A passage as it stands in its document, and in it what the answer quotes. */
+function marked(text, { said }) {
+  const [start, end] = (said && quoted(text, said)) || [0, 0];
+  return h('mark', {}, text.slice(0, start), ...(end ? [h('strong', {}, text.slice(start, end))] : []), text.slice(end));
+}
+
+function show(text, [start, end], context, passage) {
   const [from, to] = around(text, [start, end], context);
-  const mark = h('mark', {}, text.slice(start, end));
+  const mark = marked(text.slice(start, end), passage);
   const whole = (label) => {
     const button = h('button', { type: 'button', class: 'link' }, label);
-    button.addEventListener('click', () => show(text, [start, end], Infinity));
+    button.addEventListener('click', () => show(text, [start, end], Infinity, passage));
     return button;
   };
   $('#passage-text').replaceChildren(
@@ -92,7 +98,7 @@ function show(text, [start, end], context) {
     text.slice(end, to),
     ...(to < text.length ? ['\n', whole('Show what follows')] : []),
   );
-  mark.scrollIntoView({ block: 'center' });
+  (mark.querySelector('strong') ?? mark).scrollIntoView({ block: 'center' });
 }
 
 /** The text of its document, from whichever of the stores has it; null where it is too long, or nowhere. */

@@ -102,7 +102,7 @@ def test_a_citation_opens_its_passage_in_its_document(scripted_server: Scripted,
 
 def test_citations_are_there_after_a_reload(scripted_server: Scripted, visit: Open, tides: Path) -> None:
     make_store(scripted_server.url, "harbour again", tides)
-    scripted_server.fleet.answers = ["Twice a day [[tides.md|turns twice]]."]
+    scripted_server.fleet.answers = ["The tide turns twice a day [[tides.md|turns twice]]."]
     tab = visit(scripted_server.url)
     tab.open()
     choose(tab, "harbour again")
@@ -110,6 +110,7 @@ def test_citations_are_there_after_a_reload(scripted_server: Scripted, visit: Op
     tab.page.reload()
     tab.page.click(".answer button.cite")
     assert "The tide turns" in tab.page.locator("#passage mark").inner_text()
+    assert tab.page.locator("#passage mark strong").inner_text() == "The tide turns twice a day"
 
 
 def test_what_the_model_was_given_can_be_seen_when_it_cites_nothing(

@@ -39,6 +39,7 @@ def test_from_a_new_store_to_a_passage(scripted_server: Scripted, visit: Open, t
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Ask from it").click()
     page.locator("#stores-chosen", has_text="the harbour").wait_for()
+    page.locator("#question:focus").wait_for()
 
 
 def test_files_are_taken_by_drop(scripted_server: Scripted, visit: Open) -> None:
@@ -68,6 +69,8 @@ def test_a_file_that_cannot_be_read_says_why_and_the_others_are_not_held_up(
     row(page, "fine.txt").locator(".badge", has_text="ready").wait_for()
     row(page, "broken.pdf").locator(".badge", has_text="failed").wait_for()
     assert len(row(page, "broken.pdf").locator(".reason").inner_text()) > 10
+    assert row(page, "broken.pdf").locator(".number").inner_text().startswith("25")
+    page.locator("#store-list small", has_text="2 files, 1 failed").wait_for()
 
 
 def test_an_upload_that_is_refused_says_why_and_one_that_meets_a_busy_server_waits(

@@ -104,6 +104,22 @@ def test_a_passage_is_found_whatever_white_space_there_is(
     assert (None if place is None else text[place[0] : place[1]]) == found
 
 
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("Two  three.", "Two\nthree."),
+        ("It says: **Two three.**", None),
+        ("In short. Two three.", "Two\nthree."),
+        ("Two four.", None),
+        (".", None),
+    ],
+)
+def test_what_an_answer_quotes_of_a_passage_is_found(call: Call, said: str, found: str | None) -> None:
+    passage = "One. Two\nthree. Four."
+    place = call("locate", "quoted", passage, said)
+    assert (None if place is None else passage[place[0] : place[1]]) == found
+
+
 def test_a_document_in_pieces_becomes_one_text(call: Call) -> None:
     assert call("locate", "joined", ["One.", "Two", " three.", "\nFour."]) == "One.\nTwo three.\nFour."
 
