@@ -19,7 +19,7 @@ from deployments.metrics import METRICS, NoMetrics
 from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
 from deployments.retrieval.tables import FILES, MEMBERS, STORES
 from tests.unit.documents import docx, pdf, zip_bomb
-from tests.unit.house import DIMENSION, House, house, stub_embed
+from tests.unit.house import DIMENSION, LIMIT_S, House, house, stub_embed
 
 pytestmark = pytest.mark.asyncio
 
@@ -371,6 +371,34 @@ async def test_unfinished_deletions_are_finished_at_the_next_start(tmp_path: Pat
         assert await found(made, store, "zebra") == {three}
         assert len(list((tmp_path / "files").iterdir())) == 3
         assert not (tmp_path / "tables" / f"chunks_{gone}.lance").exists()
+
+
+async def test_a_compaction_that_fails_is_counted_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes: Counter[str] = Counter()
+
+    class Compactions(NoMetrics):
+        def inc(self, name: str, value: float = 1, **tags: str) -> None:
+            if name == "indexer_maintenance":
+                outcomes[tags["outcome"]] += 1
+
+    async with house(tmp_path, metrics=Compactions(), compact_after_s=0.1) as made:
+        real = made.writer._compact_beside
+
+        async def full(*args: Any) -> None:
+            if not outcomes["failed"]:
+                raise OSError("disk full")
+            await real(*args)
+
+        monkeypatch.setattr(made.writer, "_compact_beside", full)
+        store, _ = await made.store_of("one zebra")
+        async with asyncio.timeout(LIMIT_S):
+            while await made.writer.unindexed(store) or made.writer.tables_behind:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    assert outcomes["failed"] == 1
+    assert outcomes["done"] > 0
+    assert f"chunks_{store} could not be compacted" in caplog.text
 
 
 class Stages(NoMetrics):
