@@ -138,6 +138,7 @@ class Ingestion:
         self._changing = asyncio.Lock()  # what is checked under it still holds when it is written
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[tuple[str, str], _Job] = {}
+        self._unclean: set[tuple[str, str]] = set()  # may have chunks of a former reading
         self._wake = asyncio.Event()
         self._refilling = asyncio.Lock()
         self._pieces: asyncio.Queue[_Piece] = asyncio.Queue(_BUFFERED_PIECES)
@@ -260,7 +261,7 @@ class Ingestion:
             embedding_model=self._config.embedding_model,
         )
         async with self._changing:
-            members = await self._members(store, attachments, None)
+            members, _ = await self._members(store, attachments, None)
             await self._writer.add(STORES, [store])
             await self._writer.add(MEMBERS, members)
         self._wake.set()
@@ -309,10 +310,14 @@ class Ingestion:
         """
         async with self._changing:
             store = await self._store(owner, store_id)
-            (member,) = await self._members(store, [attachment], None)
-            await self._writer.put(MEMBERS, [member])
-        self._wake.set()
-        return member
+            members, former = await self._members(store, [attachment], None)
+            await self._put_members(members, former)
+        return members[0]
+
+    async def check_attachable(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> None:
+        """Refuse what `attach_batch` would, before a batch comes in several calls; attributes do not matter."""
+        store = await self._store(owner, store_id)
+        await self._attachable(store, attachments)
 
     async def attach_batch(
         self, owner: str | None, store_id: str, attachments: Sequence[Attachment], batch_id: str | None = None
@@ -324,24 +329,33 @@ class Ingestion:
                 batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
             else:
                 batch = await self._batch(store_id, batch_id)
-            members = await self._members(store, attachments, batch.id)
+            members, former = await self._members(store, attachments, batch.id)
             if batch_id is None:
                 await self._writer.add(BATCHES, [batch])
-            await self._writer.put(MEMBERS, members)
-        self._wake.set()
+            await self._put_members(members, former)
         return batch
+
+    async def _attachable(self, store: VectorStore, attachments: Sequence[Attachment]) -> dict[str, File]:
+        """Return the files to attach by id, all of them checked."""
+        files = await self._reader.files(store.owner, list({attachment.file_id for attachment in attachments}))
+        for attachment in attachments:
+            if attachment.file_id not in files:
+                raise no_file(attachment.file_id)
+            self._check_chunking(attachment.chunking or self.default_chunking)
+        return files
 
     async def _members(
         self, store: VectorStore, attachments: Sequence[Attachment], batch_id: str | None
-    ) -> list[VectorStoreFile]:
-        """Return the rows of files to attach. What is there already, and would be the same again, is kept."""
+    ) -> tuple[list[VectorStoreFile], list[VectorStoreFile]]:
+        """Return the rows of files to attach, and those they replace.
+
+        What is there already, and would be the same again, is kept.
+        """
+        files = await self._attachable(store, attachments)
         by_id = {attachment.file_id: attachment for attachment in attachments}
-        files = await self._reader.files(store.owner, list(by_id))
-        if missing := [file_id for file_id in by_id if file_id not in files]:
-            raise no_file(missing[0])
         where = f"store_id = {quoted(store.id)} AND file_id IN ({listed(list(by_id))})"
         present = {m.file_id: m for m in await self._reader.select(MEMBERS, where)} if by_id else {}
-        members = []
+        members, former = [], []
         for file_id, attachment in by_id.items():
             member = VectorStoreFile(
                 store.id,
@@ -354,7 +368,6 @@ class Ingestion:
                 attachment.attributes,
                 batch_id=batch_id,
             )
-            self._check_chunking(member.chunking)
             if (there := present.get(file_id)) is not None:
                 same = (there.attributes, there.chunking) == (member.attributes, member.chunking)
                 if same and there.status in ("in_progress", "completed"):
@@ -363,9 +376,21 @@ class Ingestion:
                         job.member = kept
                     members.append(kept)
                     continue
-                await self._stop(there)
+                former.append(there)
             members.append(member)
-        return members
+        return members, former
+
+    async def _put_members(self, members: list[VectorStoreFile], former: list[VectorStoreFile]) -> None:
+        """Write rows of files, then delete the chunks of those they replace: a crash between leaves work, not a gap."""
+        for member in former:
+            self._cancel(member)
+        replaced = {(member.store_id, member.file_id) for member in former}
+        self._unclean |= replaced
+        await self._writer.put(MEMBERS, members)
+        self._wake.set()
+        for store_id in {store_id for store_id, _ in replaced}:
+            await self._purge(store_id, [file_id for _, file_id in replaced])
+        self._unclean -= replaced
 
     @property
     def default_chunking(self) -> Chunking:
@@ -632,10 +657,11 @@ class Ingestion:
         if store.dimension != dimension:
             await self._writer.update(STORES, f"id = {quoted(store.id)}", {"dimension": dimension})
         await self._writer.create_chunks(store.id, dimension)
-        if again:
-            for job in dict.fromkeys(piece.job for piece in pieces):
+        for job in dict.fromkeys(piece.job for piece in pieces):
+            if again or job.key in self._unclean:
                 begun = min(piece.first for piece in pieces if piece.job is job)
                 await self._writer.delete_chunks(store.id, [job.member.file_id], first=begun)
+                self._unclean.discard(job.key)
         rows = [chunk_rows(p.job.member, p.chunks, p.first, vectors.get(id(p)), dimension) for p in pieces]
         await self._writer.add_chunks(store.id, pa.concat_tables(rows))
 

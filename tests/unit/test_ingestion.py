@@ -106,6 +106,37 @@ async def test_attaching_again_changes_nothing_or_indexes_anew_but_never_doubles
     assert hit.attributes == {"k": "v"}
 
 
+async def test_attaching_again_in_vain_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with house(tmp_path, embed=stub_embed, max_chunk_tokens=200) as made:
+        store, (file,) = await made.store_of("one zebra")
+        other = await made.upload("two zebras")
+        changed = Attachment(file, {"k": "v"})
+        with pytest.raises(BadRequest, match="at most 200"):
+            await made.ingestion.attach_batch(None, store, [changed, Attachment(other, {}, Chunking(201, 0))])
+        assert await found(made, store, "zebra") == {file}
+
+        async def full(table: Any, records: Any) -> None:
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.writer, "put", full)
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.attach(None, store, changed)
+        assert await found(made, store, "zebra") == {file}
+        assert (await made.catalog.member(None, store, file)).status == "completed"
+
+        async def broken(*args: Any) -> None:
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.ingestion, "_purge", broken)
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.attach(None, store, changed)
+        await made.indexed(store)
+        (hit,) = await made.searcher.search(None, [store], ["zebra"])
+        assert hit.attributes == {"k": "v"}
+
+
 async def test_attributes_can_be_changed(words: House) -> None:
     store, (file,) = await words.store_of("one zebra", year=1999.0)
     await words.ingestion.set_attributes(None, store, file, {"year": 2024.0})
