@@ -322,8 +322,12 @@ def ingested_and_searched(
         api = Api(server.url)
         made = ingest(server, api, texts, say, chunk_tokens)
         store = made["store"]
-        contents = (api("GET", f"vector_stores/{store}/files/{file}/content") for file in made["names"])
-        total = sum(len(content["data"]) for content in contents)
+        paragraphs = {name: text.count("\n\n") + 1 for name, text in texts.items()}
+        file, name = next(iter(made["names"].items()))
+        found = len(api("GET", f"vector_stores/{store}/files/{file}/content")["data"])
+        if found != paragraphs[name]:
+            raise ServerError(f"{paragraphs[name]} paragraphs became {found} chunks")
+        total = sum(paragraphs.values())
         say(f"{total} chunks, {total / made['index_s']:.0f} a second")
         compacted = server.compacted(say)
         measured = searched(api, store, queries, clients, searches, say)
