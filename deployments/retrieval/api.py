@@ -80,6 +80,7 @@ class IndexerApi(Protocol):
     async def update_store(self, owner: str | None, store_id: str, changes: Mapping[str, Any]) -> VectorStore: ...
     async def delete_store(self, owner: str | None, store_id: str) -> None: ...
     async def attach(self, owner: str | None, store_id: str, attachment: Attachment) -> VectorStoreFile: ...
+    async def check_attachable(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> None: ...
     async def attach_batch(
         self, owner: str | None, store_id: str, attachments: Sequence[Attachment], batch_id: str | None = None
     ) -> Batch: ...
@@ -496,7 +497,11 @@ class _Api:
             raise BadRequest("A batch has at least one file.", param="file_ids" if body.files is None else "files")
         owner, store_id = self._owner(request), request.path_params["store_id"]
         batch = None
-        for some in batches(attachments, lambda a: 128 + sum(len(k) + len(str(v)) for k, v in a.attributes.items())):
+        runs = list(batches(attachments, lambda a: 128 + sum(len(k) + len(str(v)) for k, v in a.attributes.items())))
+        if len(runs) > 1:  # all or nothing
+            bare = [replace(attachment, attributes={}) for attachment in attachments]
+            await self._indexer.check_attachable(owner, store_id, bare)
+        for some in runs:
             batch = await self._indexer.attach_batch(owner, store_id, some, batch.id if batch else None)
         assert batch is not None
         return JSONResponse(_batch(*await self._retriever.batch(owner, store_id, batch.id)))

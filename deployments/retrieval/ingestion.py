@@ -12,9 +12,10 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,7 @@ from deployments.errors import BadRequest, DocumentsUnavailable, Overloaded
 from deployments.retrieval.batching import batches, text_bytes
 from deployments.retrieval.blobs import Blobs, BlobWriter
 from deployments.retrieval.filters import quoted
+from deployments.retrieval.frames import Done
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.ports import Embed, Metrics, Vectors
 from deployments.retrieval.reader import Reader, listed
@@ -40,7 +42,7 @@ from deployments.retrieval.records import (
     VectorStoreFile,
     new_id,
 )
-from deployments.retrieval.rules import check_usable, no_batch, no_file, no_member, no_store
+from deployments.retrieval.rules import check_dimension, check_usable, no_batch, no_file, no_member, no_store
 from deployments.retrieval.sandbox import Sandbox
 from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows, chunks_table, is_missing
 from deployments.retrieval.writer import Fenced, Writer
@@ -60,12 +62,19 @@ _EMBED_CALLS_AT_ONCE: Final = 4
 
 @dataclass(eq=False)
 class _Job:
-    """A file that is being indexed; `cancelled` once somebody has detached or deleted it."""
+    """A file that is being indexed.
+
+    Attributes:
+        cancelled: Somebody has detached or deleted it.
+        position: Chunks read so far.
+        read: How long its child took, once it is read.
+    """
 
     member: VectorStoreFile
     cancelled: bool = False
     position: int = 0
     usage_bytes: int = 0
+    read: Done | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -129,6 +138,7 @@ class Ingestion:
         self._changing = asyncio.Lock()  # what is checked under it still holds when it is written
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[tuple[str, str], _Job] = {}
+        self._unclean: set[tuple[str, str]] = set()  # may have chunks of a former reading
         self._wake = asyncio.Event()
         self._refilling = asyncio.Lock()
         self._pieces: asyncio.Queue[_Piece] = asyncio.Queue(_BUFFERED_PIECES)
@@ -251,7 +261,7 @@ class Ingestion:
             embedding_model=self._config.embedding_model,
         )
         async with self._changing:
-            members = await self._members(store, attachments, None)
+            members, _ = await self._members(store, attachments, None)
             await self._writer.add(STORES, [store])
             await self._writer.add(MEMBERS, members)
         self._wake.set()
@@ -300,10 +310,14 @@ class Ingestion:
         """
         async with self._changing:
             store = await self._store(owner, store_id)
-            (member,) = await self._members(store, [attachment], None)
-            await self._writer.put(MEMBERS, [member])
-        self._wake.set()
-        return member
+            members, former = await self._members(store, [attachment], None)
+            await self._put_members(members, former)
+        return members[0]
+
+    async def check_attachable(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> None:
+        """Refuse what `attach_batch` would, before a batch comes in several calls; attributes do not matter."""
+        store = await self._store(owner, store_id)
+        await self._attachable(store, attachments)
 
     async def attach_batch(
         self, owner: str | None, store_id: str, attachments: Sequence[Attachment], batch_id: str | None = None
@@ -315,24 +329,33 @@ class Ingestion:
                 batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
             else:
                 batch = await self._batch(store_id, batch_id)
-            members = await self._members(store, attachments, batch.id)
+            members, former = await self._members(store, attachments, batch.id)
             if batch_id is None:
                 await self._writer.add(BATCHES, [batch])
-            await self._writer.put(MEMBERS, members)
-        self._wake.set()
+            await self._put_members(members, former)
         return batch
+
+    async def _attachable(self, store: VectorStore, attachments: Sequence[Attachment]) -> dict[str, File]:
+        """Return the files to attach by id, all of them checked."""
+        files = await self._reader.files(store.owner, list({attachment.file_id for attachment in attachments}))
+        for attachment in attachments:
+            if attachment.file_id not in files:
+                raise no_file(attachment.file_id)
+            self._check_chunking(attachment.chunking or self.default_chunking)
+        return files
 
     async def _members(
         self, store: VectorStore, attachments: Sequence[Attachment], batch_id: str | None
-    ) -> list[VectorStoreFile]:
-        """Return the rows of files to attach. What is there already, and would be the same again, is kept."""
+    ) -> tuple[list[VectorStoreFile], list[VectorStoreFile]]:
+        """Return the rows of files to attach, and those they replace.
+
+        What is there already, and would be the same again, is kept.
+        """
+        files = await self._attachable(store, attachments)
         by_id = {attachment.file_id: attachment for attachment in attachments}
-        files = await self._reader.files(store.owner, list(by_id))
-        if missing := [file_id for file_id in by_id if file_id not in files]:
-            raise no_file(missing[0])
         where = f"store_id = {quoted(store.id)} AND file_id IN ({listed(list(by_id))})"
         present = {m.file_id: m for m in await self._reader.select(MEMBERS, where)} if by_id else {}
-        members = []
+        members, former = [], []
         for file_id, attachment in by_id.items():
             member = VectorStoreFile(
                 store.id,
@@ -345,7 +368,6 @@ class Ingestion:
                 attachment.attributes,
                 batch_id=batch_id,
             )
-            self._check_chunking(member.chunking)
             if (there := present.get(file_id)) is not None:
                 same = (there.attributes, there.chunking) == (member.attributes, member.chunking)
                 if same and there.status in ("in_progress", "completed"):
@@ -354,9 +376,21 @@ class Ingestion:
                         job.member = kept
                     members.append(kept)
                     continue
-                await self._stop(there)
+                former.append(there)
             members.append(member)
-        return members
+        return members, former
+
+    async def _put_members(self, members: list[VectorStoreFile], former: list[VectorStoreFile]) -> None:
+        """Write rows of files, then delete the chunks of those they replace: a crash between leaves work, not a gap."""
+        for member in former:
+            self._cancel(member)
+        replaced = {(member.store_id, member.file_id) for member in former}
+        self._unclean |= replaced
+        await self._writer.put(MEMBERS, members)
+        self._wake.set()
+        for store_id in {store_id for store_id, _ in replaced}:
+            await self._purge(store_id, [file_id for _, file_id in replaced])
+        self._unclean -= replaced
 
     @property
     def default_chunking(self) -> Chunking:
@@ -529,7 +563,7 @@ class Ingestion:
     async def _read(self, job: _Job) -> None:
         member = job.member
         async with self._blobs.local(member.file_id) as path:
-            stream = self._sandbox.chunks(path, member.filename, member.chunking)
+            stream = self._sandbox.chunks(path, member.filename, member.chunking, done=partial(setattr, job, "read"))
             try:
                 async for chunks in stream:
                     if job.cancelled:
@@ -551,20 +585,23 @@ class Ingestion:
             self._buffered -= sum(len(p.chunks) for p in pieces)
             self._metrics.set("indexer_buffered_chunks", self._buffered)
 
-    async def _write_until_done(self, pieces: list[_Piece]) -> None:
-        """Write pieces, however often it takes: their files are read, and what fails here is not their fault."""
-        wait_s, again = _RETRY_S[0], False
+    async def _write_until_done(self, pieces: list[_Piece], *, again: bool = False) -> None:
+        """Write pieces, however often it takes: their files are read, and what fails here is not their fault.
+
+        But for what would fail for ever: a text that the embedding model refuses, a store made for another model.
+        """
+        wait_s = _RETRY_S[0]
         while True:
             try:
                 return await self._write(pieces, again=again)
             except Fenced:
                 raise
-            except BadRequest as error:  # the embedding model wants none of some text: find out whose
+            except Unreadable as error:  # of some file among these: find out which
                 jobs = list(dict.fromkeys(piece.job for piece in pieces))
                 if len(jobs) == 1:
-                    return await self._give_up(jobs[0], Unreadable("invalid_file", error.message))
+                    return await self._give_up(jobs[0], error)
                 for job in jobs:
-                    await self._write_until_done([piece for piece in pieces if piece.job is job])
+                    await self._write_until_done([piece for piece in pieces if piece.job is job], again=again)
                 return
             except Exception as error:
                 self._metrics.inc("indexer_retries")
@@ -584,33 +621,51 @@ class Ingestion:
         Args:
             pieces: In the order they were read.
             again: A former try may have committed some of it.
+
+        Raises:
+            Unreadable: Some of it can never be written; nothing has been.
         """
+        times: dict[str, float] = {}
         stores = await self._reader.stores_of_anybody({p.job.member.store_id for p in pieces})
-        vectors = await self._vectors([p for p in pieces if p.chunks and not p.job.cancelled])
-        async with self._changing, self._staged("index"):
-            live = [p for p in pieces if not p.job.cancelled and p.job.member.store_id in stores]
+        wanted = [p for p in pieces if not p.job.cancelled and p.job.member.store_id in stores]
+        with _ours():
+            for store_id in dict.fromkeys(p.job.member.store_id for p in wanted):
+                check_usable(stores[store_id], self._config.embedding_model)
+        # A store made without an embedding model has no room for vectors, whatever the config says now.
+        vectors = await self._vectors(
+            [p for p in wanted if p.chunks and stores[p.job.member.store_id].embedding_model is not None], times
+        )
+        with _ours():
+            for piece in wanted:
+                if (made := vectors.get(id(piece))) is not None:
+                    check_dimension(stores[piece.job.member.store_id], made.shape[1])
+        async with self._changing, self._staged("index", times):
+            live = [p for p in wanted if not p.job.cancelled]
             for store_id in dict.fromkeys(p.job.member.store_id for p in live if p.chunks):
                 of_store = [p for p in live if p.chunks and p.job.member.store_id == store_id]
                 await self._write_chunks(stores[store_id], of_store, vectors, again=again)
             await self._finish([p for p in live if p.end])
+        if n := sum(len(p.chunks) for p in live):
+            spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in times.items())
+            logger.info("%d chunks of %d files written: %s", n, len({p.job for p in live}), spent)
 
     async def _write_chunks(
         self, store: VectorStore, pieces: list[_Piece], vectors: Mapping[int, Vectors], *, again: bool
     ) -> None:
-        dimension = vectors[id(pieces[0])].shape[1] if vectors else 0
+        first = vectors.get(id(pieces[0]))
+        dimension = first.shape[1] if first is not None else 0
         if store.dimension != dimension:
-            if store.dimension:
-                raise RuntimeError(f"vectors of {dimension} for store {store.id}, which has {store.dimension}")
             await self._writer.update(STORES, f"id = {quoted(store.id)}", {"dimension": dimension})
         await self._writer.create_chunks(store.id, dimension)
-        if again:
-            for job in dict.fromkeys(piece.job for piece in pieces):
-                first = min(piece.first for piece in pieces if piece.job is job)
-                await self._writer.delete_chunks(store.id, [job.member.file_id], first=first)
+        for job in dict.fromkeys(piece.job for piece in pieces):
+            if again or job.key in self._unclean:
+                begun = min(piece.first for piece in pieces if piece.job is job)
+                await self._writer.delete_chunks(store.id, [job.member.file_id], first=begun)
+                self._unclean.discard(job.key)
         rows = [chunk_rows(p.job.member, p.chunks, p.first, vectors.get(id(p)), dimension) for p in pieces]
         await self._writer.add_chunks(store.id, pa.concat_tables(rows))
 
-    async def _vectors(self, pieces: list[_Piece]) -> dict[int, Vectors]:
+    async def _vectors(self, pieces: list[_Piece], times: dict[str, float]) -> dict[int, Vectors]:
         if self._embed is None or not pieces:
             return {}
         texts = [chunk.text for piece in pieces for chunk in piece.chunks]
@@ -619,9 +674,12 @@ class Ingestion:
 
         async def call(batch: Sequence[str]) -> Vectors:
             async with at_once, asyncio.timeout(self._config.embed_timeout_s):
-                return await embed(batch)
+                try:
+                    return await embed(batch)
+                except BadRequest as error:
+                    raise Unreadable("invalid_file", error.message) from None
 
-        async with self._staged("embed"):
+        async with self._staged("embed", times):
             together = batches(texts, text_bytes, most=self._config.embed_batch_texts)
             made = np.concatenate(await asyncio.gather(*(call(batch) for batch in together)))
         vectors, first = {}, 0
@@ -644,15 +702,28 @@ class Ingestion:
         for piece, member in zip(ends, members, strict=True):
             if self._jobs.get(piece.job.key) is piece.job:
                 del self._jobs[piece.job.key]
+            seconds = time.monotonic() - piece.job.started
             self._metrics.inc("indexer_files", outcome=member.status)
-            self._metrics.observe("indexer_file_seconds", time.monotonic() - piece.job.started)
+            self._metrics.observe("indexer_file_seconds", seconds)
+            if piece.error is None and piece.job.read is not None:
+                logger.info(
+                    "File %s of %s completed: %d chunks; parse %.2f s, chunk %.2f s, %.1f s in all",
+                    member.file_id,
+                    member.store_id,
+                    piece.job.position,
+                    piece.job.read.parse_s,
+                    piece.job.read.chunk_s,
+                    seconds,
+                )
         self._metrics.set("indexer_waiting_files", len(self._jobs))
 
     @asynccontextmanager
-    async def _staged(self, stage: str) -> AsyncIterator[None]:
+    async def _staged(self, stage: str, times: dict[str, float]) -> AsyncIterator[None]:
+        """Count how long a stage takes, and note it for a line in the log."""
         started = time.monotonic()
         yield
-        self._metrics.observe("indexer_stage_seconds", time.monotonic() - started, stage=stage)
+        times[stage] = time.monotonic() - started
+        self._metrics.observe("indexer_stage_seconds", times[stage], stage=stage)
 
     # The house
 
@@ -699,6 +770,15 @@ class Ingestion:
             if is_missing(error):  # its store was deleted meanwhile
                 return
             logger.exception("Table %s could not be compacted; it is tried again", name)
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
+    """Have a refusal fail files by no fault of their own."""
+    try:
+        yield
+    except BadRequest as error:
+        raise Unreadable("server_error", error.message) from None
 
 
 def _failed(member: VectorStoreFile, code: ErrorCode, message: str) -> VectorStoreFile:

@@ -23,6 +23,20 @@ def check_usable(store: VectorStore, embedding_model: str | None) -> None:
         )
 
 
+def check_dimension(store: VectorStore, made: int) -> None:
+    """Check that vectors of so many dimensions are like those a store has, if it has any.
+
+    Raises:
+        BadRequest: They are not, though the model has kept its name.
+    """
+    if store.dimension and store.dimension != made:
+        raise BadRequest(
+            f"The vector store {store.id} has vectors of {store.dimension} dimensions, and the embedding model now "
+            f"makes {made}: create a new store and attach its files again.",
+            param="vector_store_id",
+        )
+
+
 def no_file(file_id: str) -> NotFound:
     """Return the error for a file that is not there, or another's."""
     return NotFound(f"No file with id {file_id[:100]!r}.", param="file_id")

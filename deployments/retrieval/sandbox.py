@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -53,8 +53,16 @@ class Sandbox:
         self._idle: list[_Child] = []
         self._all: set[_Child] = set()
 
-    async def chunks(self, path: Path, filename: str, chunking: Chunking) -> AsyncGenerator[list[Chunk], None]:
+    async def chunks(
+        self, path: Path, filename: str, chunking: Chunking, *, done: Callable[[Done], None] = lambda done: None
+    ) -> AsyncGenerator[list[Chunk], None]:
         """Yield the chunks of a file, some at a time.
+
+        Args:
+            path: Where its bytes are.
+            filename: As uploaded.
+            chunking: How it is cut.
+            done: Told after the last of them how long reading and cutting took.
 
         Raises:
             Unreadable: The file is at fault, or needs more memory or time than it may.
@@ -78,6 +86,7 @@ class Sandbox:
                         raise Unreadable(answer.code, answer.message)
                     self._metrics.observe("indexer_stage_seconds", answer.parse_s, stage="parse")
                     self._metrics.observe("indexer_stage_seconds", answer.chunk_s, stage="chunk")
+                    done(answer)
                     return
             finally:
                 if clean and child.jobs < _JOBS_A_CHILD and child.process.returncode is None:

@@ -17,7 +17,7 @@ from deployments.retrieval.fusion import best, bm25_score, cosine_score, fuse
 from deployments.retrieval.ports import Embed, Metrics, Score
 from deployments.retrieval.reader import Found, Reader, StoreGone
 from deployments.retrieval.records import Hit, Ranking, VectorStore
-from deployments.retrieval.rules import check_usable, no_store
+from deployments.retrieval.rules import check_dimension, check_usable, no_store
 
 logger = logging.getLogger("ray.serve.groundswell.retriever")
 
@@ -118,21 +118,23 @@ class Searcher:
         _check(store_ids, queries, max_results, ranking)
         where = predicate(filters)
         stores = await self._stores(owner, store_ids)
-        legs = {"words": ranking.text_weight > 0, "meaning": ranking.embedding_weight > 0 and self._embed is not None}
-        if not any(legs.values()):  # by meaning alone, and there is no model for it
-            legs["words"] = True
+        meaning = ranking.embedding_weight > 0 and self._embed is not None and any(s.dimension for s in stores)
+        # By meaning alone, where there is no model for it or there are no vectors, is by words.
+        legs = {"words": ranking.text_weight > 0 or not meaning, "meaning": meaning}
         limit = max(self._config.candidates, 2 * max_results)
+        times: dict[str, float] = {}
         nothing: list[dict[Key, Found]] = [{} for _ in queries]
         try:
-            async with self._staged("retrieve"), asyncio.TaskGroup() as group:
+            async with self._staged("retrieve", times), asyncio.TaskGroup() as group:
                 words = group.create_task(self._by_words(stores, queries, where, limit)) if legs["words"] else None
-                near = group.create_task(self._by_meaning(stores, queries, where, limit)) if legs["meaning"] else None
+                meant = self._by_meaning(stores, queries, where, limit, times) if legs["meaning"] else None
+                near = group.create_task(meant) if meant else None
         except BaseExceptionGroup as group:  # not `except*`: Python before 3.11.4 wraps what is raised in there again
             public, others = group.split(PublicError)
             if public is None or others is not None:
                 raise
             raise _first(public) from None
-        async with self._staged("rank"):
+        async with self._staged("rank", times):
             by_words = words.result() if words else nothing
             by_meaning = near.result() if near else nothing
             found = {key: f for leg in (*by_words, *by_meaning) for key, f in leg.items()}
@@ -141,11 +143,14 @@ class Searcher:
                 for key, score in self._fused(one, other, legs, ranking).items():
                     scores[key] = max(score, scores.get(key, 0.0))
         if self._score is not None and ranking.ranker != "none" and scores:
-            async with self._staged("rerank"):
+            async with self._staged("rerank", times):
                 scores = await self._reranked(queries, best(scores, limit), found)
         self._note_use(stores)
         hits = [_hit(found[key], score) for key, score in best(scores, max_results)]
-        return [hit for hit in hits if hit.score >= ranking.score_threshold]
+        hits = [hit for hit in hits if hit.score >= ranking.score_threshold]
+        spent = ", ".join(f"{stage} {1000 * seconds:.0f} ms" for stage, seconds in times.items())
+        logger.info("%d passages found in %d vector stores: %s", len(hits), len(stores), spent)
+        return hits
 
     async def _stores(self, owner: str | None, store_ids: Sequence[str]) -> list[VectorStore]:
         wanted = list(dict.fromkeys(store_ids))
@@ -164,21 +169,19 @@ class Searcher:
         )
 
     async def _by_meaning(
-        self, stores: Sequence[VectorStore], queries: Sequence[str], where: str | None, limit: int
+        self,
+        stores: Sequence[VectorStore],
+        queries: Sequence[str],
+        where: str | None,
+        limit: int,
+        times: dict[str, float],
     ) -> list[dict[Key, Found]]:
         with_vectors = [store for store in stores if store.dimension]
-        if not with_vectors:
-            return [{} for _ in queries]
         assert self._embed is not None
-        async with self._staged("embed"):
+        async with self._staged("embed", times):
             vectors = await self._embed(queries)
         for store in with_vectors:
-            if store.dimension != vectors.shape[1]:
-                raise BadRequest(
-                    f"The vector store {store.id} has vectors of {store.dimension} dimensions, and the embedding model "
-                    f"now makes {vectors.shape[1]}: create a new store and attach its files again.",
-                    param="vector_store_id",
-                )
+            check_dimension(store, vectors.shape[1])
         return await self._each(
             with_vectors, list(vectors), lambda store, vector: self._reader.by_vector(store.id, vector, where, limit)
         )
@@ -255,10 +258,12 @@ class Searcher:
             logger.warning("The use of %s could not be noted: %s", ", ".join(store_ids), error.message)
 
     @asynccontextmanager
-    async def _staged(self, stage: str) -> AsyncIterator[None]:
+    async def _staged(self, stage: str, times: dict[str, float]) -> AsyncIterator[None]:
+        """Count how long a stage takes, and note it for the search's line in the log."""
         started = time.monotonic()
         yield
-        self._metrics.observe("retriever_stage_seconds", time.monotonic() - started, stage=stage)
+        times[stage] = time.monotonic() - started
+        self._metrics.observe("retriever_stage_seconds", times[stage], stage=stage)
 
 
 def _check(store_ids: Sequence[str], queries: Sequence[str], max_results: int, ranking: Ranking) -> None:

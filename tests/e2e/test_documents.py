@@ -42,7 +42,7 @@ FACTS = {
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     spec = importlib.util.find_spec(EMBEDDER)
     if spec is None or spec.origin is None:
-        pytest.skip("the embedding model is not installed: make install-dev")
+        pytest.skip("the embedding model is not installed: make check")
     tiny_random.write(ROOT / "models" / "tiny-random", lora=True)
     folder = tmp_path_factory.mktemp("documents")
     args = {

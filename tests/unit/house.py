@@ -95,10 +95,10 @@ class House:
 
 @asynccontextmanager
 async def house(uri: Path | str, *, embed: Any = None, start: bool = True, **options: Any) -> AsyncIterator[House]:
-    """Run one over `uri`; `options` are those of `DocumentsConfig`, `score`, `touch` and `max_chunk_tokens`."""
-    own = {key: options.pop(key, None) for key in ("score", "touch", "max_chunk_tokens")}
+    """Run one over `uri`; `options` are those of `DocumentsConfig`, `score`, `touch`, `max_chunk_tokens`, `metrics`."""
+    own = {key: options.pop(key, None) for key in ("score", "touch", "max_chunk_tokens", "metrics")}
     config = DocumentsConfig(uri=str(uri), embedding_model="stub" if embed else None, **options)
-    metrics, clock = NoMetrics(), Clock()
+    metrics, clock = own["metrics"] or NoMetrics(), Clock()
     place = (str(uri), config.storage_options)
     writer = await Writer.claim(*place, cache_bytes=2**24, language="English", metrics=metrics)
     reader = await Reader.open(*place, cache_bytes=2**24)

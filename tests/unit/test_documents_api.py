@@ -328,6 +328,20 @@ async def test_a_file_beyond_the_bound_is_cut_off_with_or_without_a_length(http:
     assert answer.status_code == 413
 
 
+async def test_a_batch_too_large_for_one_message_is_attached_whole_or_not_at_all(made: House, tmp_path: Path) -> None:
+    app = documents_app(made.ingestion, Reading(made), DocumentsConfig(uri=str(tmp_path)), max_body_bytes=10**7)
+    store = await made.ingestion.create_store(None)
+    attributes = {f"key{i}": "v" * 500 for i in range(16)}
+    files = [{"file_id": await made.upload("x"), "attributes": attributes} for _ in range(150)]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as http:
+        path = f"/v1/vector_stores/{store.id}/file_batches"
+        answer = await http.post(path, json={"files": [*files, {"file_id": "file-nope"}]})
+        assert answer.status_code == 404
+        assert (await made.catalog.store(None, store.id))[1].total == 0
+        answer = await http.post(path, json={"files": files})
+        assert answer.json()["file_counts"]["total"] == 150
+
+
 async def test_an_upload_takes_bounded_memory(made: House, tmp_path: Path, http: httpx.AsyncClient) -> None:
     app = documents_app(made.ingestion, Reading(made), DocumentsConfig(uri=str(tmp_path)), max_body_bytes=1000)
     size = 100 * 2**20

@@ -42,7 +42,8 @@ def test_the_indexer_is_one_also_while_it_is_replaced(models: list[dict[str, Any
     assert options.autoscaling_config is None
     _, reader_model, embedder = bound(indexer)
     assert (reader_model.name, embedder) == ("embedder", engines["embedder"])
-    assert retriever._bound_deployment._deployment_config.autoscaling_config.max_replicas == 4
+    scaling = retriever._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 8)
     assert bound(retriever)[1:] == (indexer, engines["embedder"], None, None)
 
 

@@ -15,10 +15,11 @@ import pytest
 import pytest_asyncio
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
-from deployments.retrieval.records import Attachment, Chunking, PageRequest
+from deployments.metrics import METRICS, NoMetrics
+from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
 from deployments.retrieval.tables import FILES, MEMBERS, STORES
 from tests.unit.documents import docx, pdf, zip_bomb
-from tests.unit.house import House, house, stub_embed
+from tests.unit.house import DIMENSION, LIMIT_S, House, house, stub_embed
 
 pytestmark = pytest.mark.asyncio
 
@@ -103,6 +104,37 @@ async def test_attaching_again_changes_nothing_or_indexes_anew_but_never_doubles
     await words.indexed(store)
     (hit,) = await words.searcher.search(None, [store], ["zebra"])
     assert hit.attributes == {"k": "v"}
+
+
+async def test_attaching_again_in_vain_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with house(tmp_path, embed=stub_embed, max_chunk_tokens=200) as made:
+        store, (file,) = await made.store_of("one zebra")
+        other = await made.upload("two zebras")
+        changed = Attachment(file, {"k": "v"})
+        with pytest.raises(BadRequest, match="at most 200"):
+            await made.ingestion.attach_batch(None, store, [changed, Attachment(other, {}, Chunking(201, 0))])
+        assert await found(made, store, "zebra") == {file}
+
+        async def full(table: Any, records: Any) -> None:
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.writer, "put", full)
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.attach(None, store, changed)
+        assert await found(made, store, "zebra") == {file}
+        assert (await made.catalog.member(None, store, file)).status == "completed"
+
+        async def broken(*args: Any) -> None:
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.ingestion, "_purge", broken)
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.attach(None, store, changed)
+        await made.indexed(store)
+        (hit,) = await made.searcher.search(None, [store], ["zebra"])
+        assert hit.attributes == {"k": "v"}
 
 
 async def test_attributes_can_be_changed(words: House) -> None:
@@ -308,6 +340,56 @@ async def test_a_store_of_another_embedding_model_is_refused_clearly(tmp_path: P
                 await refused
 
 
+async def test_a_store_made_for_words_alone_stays_so_and_grows_after_an_embedding_model_has_come(
+    tmp_path: Path,
+) -> None:
+    async with house(tmp_path) as made:
+        store, (one,) = await made.store_of("one zebra")
+    async with house(tmp_path, embed=stub_embed) as made:
+        two = await made.upload("two zebras")
+        newer = await made.ingestion.create_store(None, attachments=[Attachment(one)])
+        await made.ingestion.attach(None, store, Attachment(two))
+        assert [m.status for m in await made.indexed(store)] == ["completed", "completed"]
+        await made.indexed(newer.id)
+        assert (await made.reader.store(None, newer.id)).dimension == DIMENSION  # type: ignore[union-attr]
+        assert (await made.reader.store(None, store)).dimension == 0  # type: ignore[union-attr]
+        for ranking in (Ranking(), Ranking(text_weight=0)):
+            hits = await made.searcher.search(None, [store], ["zebra"], ranking=ranking)
+            assert {hit.file_id for hit in hits} == {one, two}
+        hits = await made.searcher.search(None, [store, newer.id], ["zebra"])
+        assert {(hit.store_id, hit.file_id) for hit in hits} == {(store, one), (store, two), (newer.id, one)}
+
+
+async def test_vectors_of_another_dimension_fail_their_file_clearly_and_hold_up_no_other(tmp_path: Path) -> None:
+    async with house(tmp_path, embed=stub_embed) as made:
+        store, _ = await made.store_of("one zebra")
+
+    async def narrow_stub_embed(texts: Any) -> Any:
+        return (await stub_embed(texts))[:, :32]
+
+    async with house(tmp_path, embed=narrow_stub_embed) as made:
+        file = await made.upload("two zebras")
+        await made.ingestion.attach(None, store, Attachment(file))
+        newer = await made.ingestion.create_store(None, attachments=[Attachment(file)])
+        assert [m.status for m in await made.indexed(newer.id)] == ["completed"]
+        failed = {m.file_id: m for m in await made.indexed(store)}[file]
+        assert (failed.status, failed.error_code) == ("failed", "server_error")
+        assert "64 dimensions" in (failed.error_message or "")
+        assert len(await made.reader.chunks(store, file)) == 0
+
+
+async def test_what_was_in_progress_for_another_embedding_model_fails_and_is_not_mixed_in(tmp_path: Path) -> None:
+    async with house(tmp_path, embed=stub_embed, start=False) as made:
+        file = await made.upload("one zebra")
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file)])
+    async with house(tmp_path) as made:
+        (member,) = await made.indexed(store.id)
+        assert (member.status, member.error_code) == ("failed", "server_error")
+        assert "embedding model 'stub'" in (member.error_message or "")
+        other = await made.ingestion.create_store(None, attachments=[Attachment(file)])
+        assert [m.status for m in await made.indexed(other.id)] == ["completed"]
+
+
 async def test_unfinished_deletions_are_finished_at_the_next_start(tmp_path: Path) -> None:
     async with house(tmp_path) as made:
         store, (one, two, three) = await made.store_of("zebra one", "zebra two", "zebra three")
@@ -320,6 +402,67 @@ async def test_unfinished_deletions_are_finished_at_the_next_start(tmp_path: Pat
         assert await found(made, store, "zebra") == {three}
         assert len(list((tmp_path / "files").iterdir())) == 3
         assert not (tmp_path / "tables" / f"chunks_{gone}.lance").exists()
+
+
+async def test_a_compaction_that_fails_is_counted_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes: Counter[str] = Counter()
+
+    class Compactions(NoMetrics):
+        def inc(self, name: str, value: float = 1, **tags: str) -> None:
+            if name == "indexer_maintenance":
+                outcomes[tags["outcome"]] += 1
+
+    async with house(tmp_path, metrics=Compactions(), compact_after_s=0.1) as made:
+        real = made.writer._compact_beside
+
+        async def full(*args: Any) -> None:
+            if not outcomes["failed"]:
+                raise OSError("disk full")
+            await real(*args)
+
+        monkeypatch.setattr(made.writer, "_compact_beside", full)
+        store, _ = await made.store_of("one zebra")
+        async with asyncio.timeout(LIMIT_S):
+            while await made.writer.unindexed(store) or made.writer.tables_behind:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    assert outcomes["failed"] == 1
+    assert outcomes["done"] > 0
+    assert f"chunks_{store} could not be compacted" in caplog.text
+
+
+class Stages(NoMetrics):
+    """Counts nothing but the stages that are timed."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, str]] = set()
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        if "stage" in tags:
+            assert name in METRICS and value >= 0
+            self.seen.add((name.removesuffix("_stage_seconds"), tags["stage"]))
+
+
+async def test_each_stage_is_timed_in_metrics_and_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def stub_score(query: str, texts: Any) -> list[float]:
+        return [0.5] * len(texts)
+
+    stages = Stages()
+    caplog.set_level("INFO", "ray.serve.groundswell")
+    async with house(tmp_path, embed=stub_embed, score=stub_score, metrics=stages) as made:
+        store, (file,) = await made.store_of("one zebra")
+        await found(made, store, "zebra")
+    indexing, searching = {"parse", "chunk", "embed", "index"}, {"retrieve", "embed", "rank", "rerank"}
+    assert stages.seen == {("indexer", s) for s in indexing} | {("retriever", s) for s in searching}
+    lines = [record.getMessage() for record in caplog.records]
+    of_file, of_chunks, of_search = (
+        next(line for line in lines if words in line) for words in (f"{file} of", "chunks of 1 files", "passages found")
+    )
+    assert "parse" in of_file and "chunk" in of_file
+    assert "embed" in of_chunks and "index" in of_chunks
+    assert all(stage in of_search for stage in searching)
+    assert not any("zebra" in line for line in lines), "what is in documents and questions is nobody's to log"
 
 
 INDEXER = """

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -131,3 +135,58 @@ def test_an_entity_bomb_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.docx", "w") as archive:
         archive.writestr("word/document.xml", body)
     assert refusal(tmp_path, (tmp_path / "a.docx").read_bytes(), "a.docx").code == "invalid_file"
+
+
+class Fetched(BaseHTTPRequestHandler):
+    """Notes what is asked for."""
+
+    paths: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.paths.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Fetched)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    Fetched.paths.clear()
+
+
+def test_nothing_is_fetched_for_a_page(elsewhere: str, tmp_path: Path) -> None:
+    page = f"""<html><head><link rel="stylesheet" href="{elsewhere}/css"><script src="{elsewhere}/js"></script></head>
+      <body><img src="{elsewhere}/img" alt="a"><iframe src="{elsewhere}/frame"></iframe>Hello.</body></html>"""
+    assert read(tmp_path, page.encode(), "a.html") == "Hello.\n"
+    assert Fetched.paths == []
+
+
+@pytest.mark.parametrize("entity", [False, True])
+def test_nothing_is_fetched_for_a_docx(elsewhere: str, tmp_path: Path, entity: bool) -> None:
+    office, drawing = (
+        "http://schemas.openxmlformats.org/officeDocument/2006",
+        "http://schemas.openxmlformats.org/drawingml",
+    )
+    declared = f'<!DOCTYPE d [<!ENTITY far SYSTEM "{elsewhere}/entity">]>' if entity else ""
+    picture = '<pic:pic><pic:blipFill><a:blip r:link="rId5"/></pic:blipFill></pic:pic>'
+    graphic = f"<wp:inline><a:graphic><a:graphicData>{picture}</a:graphicData></a:graphic></wp:inline>"
+    text = "Hello.&far;" if entity else "Hello."
+    body = f"""{declared}<w:document xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+      xmlns:r="{office}/relationships" xmlns:a="{drawing}/2006/main" xmlns:pic="{drawing}/2006/picture"
+      xmlns:wp="{drawing}/2006/wordprocessingDrawing"><w:body><w:p><w:r><w:t>{text}</w:t></w:r>
+      <w:r><w:drawing>{graphic}</w:drawing></w:r></w:p></w:body></w:document>"""
+    linked = f"""<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship
+      Id="rId5" Type="{office}/relationships/image" TargetMode="External" Target="{elsewhere}/linked.png"/>
+      </Relationships>"""
+    with zipfile.ZipFile(tmp_path / "a.docx", "w") as archive:
+        archive.writestr("word/document.xml", body)
+        archive.writestr("word/_rels/document.xml.rels", linked)
+    assert read(tmp_path, (tmp_path / "a.docx").read_bytes(), "a.docx") == "Hello.\n"
+    assert Fetched.paths == []
