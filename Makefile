@@ -75,8 +75,8 @@ browser: ## Install Debian's Chromium for the tests of the page, where there is 
 bench: $(INSTALLED_DEV) ## Compare with other servers on this machine, over HTTP. ARGS: see `python -m benchmarks --help`.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
 
-chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare what clients got. QUICK=1: each fault once.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos $(if $(QUICK),--quick)
+chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare what clients got. QUICK=1: each fault once. ARGS: --help.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos $(if $(QUICK),--quick) $(ARGS)
 
 ramp: $(INSTALLED_DEV) ## Have engines follow a load that rises and falls, from none and back: a table and a plot.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ramp

@@ -1,25 +1,31 @@
 """What clients get when things break under load: two real engines, one Router, and a signal.
 
-    python -m benchmarks.chaos            # twenty losses of engines, and one of the Router; about half an hour
-    python -m benchmarks.chaos --quick    # each fault once
+    python -m benchmarks.chaos                 # twenty losses of engines, one of the Router, one of all clients
+    python -m benchmarks.chaos --quick         # each fault once
+    python -m benchmarks.chaos --minutes 25    # no further fault that would not end by then
 
 Every prompt is asked undisturbed first. Decoding is greedy, in float32 on CPUs: what a client gets through a fault must
-be the same tokens. Where it is not, the engine is asked how likely it finds both tokens at the place where the answers
-part: a continuation computes in one prefill what the first run computed token by token, so that last bits differ, and
-a tie may fall the other way. Faults are signals to single processes:
+be the same tokens and the same text. Where it is not, the engine is asked how likely it finds both tokens at the place
+where the answers part: a continuation computes in one prefill what the first run computed token by token, so that last
+bits differ, and a tie may fall the other way. Faults are signals to single processes, and one is none:
 
     actor     SIGKILL to the replica        its EngineCore and Worker die with it
     core      SIGKILL to EngineCore
-    worker    SIGKILL to a Worker
+    worker    SIGKILL to a Worker           where vLLM has given it a process of its own
     hang      SIGSTOP to EngineCore         work, and no step; noticed after `engine_stall_timeout_s`, 10 here
     silence   SIGSTOP to the replica        no heartbeat; noticed after `heartbeat_timeout_s`, 10 by default
+    client    all clients hang up           their places in the engines should be free at once
     router    SIGKILL to the Router         its clients lose their connections, and nothing can spare them that
+
+A fault's row is written when all of it has been seen. Whatever ends the run, the table of what was seen is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import http.client
 import json
 import random
 import re
@@ -28,11 +34,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import aiohttp
 import psutil
@@ -48,13 +53,17 @@ ENGINES: Final = 2
 TIE_NATS: Final = 1e-3
 BACK_WITHIN_S: Final = 300.0
 ANSWERED_WITHIN_S: Final = 240.0
-METRICS_LAG_S: Final = 45.0
-"""Ray's endpoint shows a count within this, on cores that are busy."""
-FULL: Final = ("actor", "core", "worker", "hang", "actor", "core", "worker", "silence") * 2 + (
-    *("actor", "core", "worker", "actor"),
-    "router",
-)
-QUICK: Final = ("actor", "core", "worker", "hang", "silence", "router")
+FREE_WITHIN_S: Final = 60.0
+FIRST_LOOK_S: Final = 0.8
+METRICS_LAG_S: Final = 30.0
+"""Ray's endpoint shows a count within this: it is told every 10 s."""
+LONGEST_METRICS_LAG_S: Final = 45.0
+"""On cores that are busy."""
+HEARTBEAT_S: Final = 0.25
+QUICK: Final = ("actor", "core", "worker", "hang", "silence", "client", "router")
+"""Every fault once, so that a run that is stopped early has seen each kind."""
+FULL: Final = (*QUICK, *("actor", "core", "worker") * 4, "actor", "hang", "silence")
+LOSES_NO_ENGINE: Final = ("client", "router")
 
 
 @dataclass
@@ -63,23 +72,27 @@ class Answer:
 
     Attributes:
         tokens: Ids of the answer's tokens.
+        text: Their text.
         usage: As the server counted them.
         times: When something of the answer arrived.
         status: HTTP's; 0 if none came.
         problem: Why it is not whole.
+        hung_up: Whether its client left before the end.
     """
 
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     usage: int = 0
     times: list[float] = field(default_factory=list)
     status: int = 0
     problem: str | None = None
+    hung_up: bool = False
     done: bool = False
 
 
 @dataclass
 class Row:
-    """One kind of fault, over all its injections.
+    """One kind of fault, over its injections. Rows add up: numbers by their sum, times (`_s`) by the longest.
 
     Attributes:
         injected: How often.
@@ -93,6 +106,8 @@ class Row:
             `TIE_NATS`.
         longest_pause_s: The longest time any client that got its answer waited for the next token.
         error_after_s: The longest time until a client was told that its stream is broken.
+        free_after_s: Until no engine worked for a client that had hung up, as far as `/fleet` shows it: that is made
+            once a second.
         whole_again_s: Until all engines, or the Router, were back.
     """
 
@@ -106,7 +121,15 @@ class Row:
     ties: int = 0
     longest_pause_s: float = 0.0
     error_after_s: float = 0.0
+    free_after_s: float = 0.0
     whole_again_s: float = 0.0
+
+    def __add__(self, other: Row) -> Row:
+        def total(name: str) -> Any:
+            both = getattr(self, name), getattr(other, name)
+            return max(both) if name.endswith("_s") else sum(both)
+
+        return Row(**{each.name: total(each.name) for each in fields(Row)})
 
 
 class NotBack(Exception):
@@ -143,8 +166,11 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: str, tokens: int
                 await _read_events(response, answer)
             else:
                 _take(await response.json(), answer)
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        answer.problem = f"{type(error).__name__}: {error}"
+    except asyncio.CancelledError:
+        answer.hung_up = True
+        raise
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
+        answer.problem = f"{type(error).__name__}: {error}"  # the last of them: no answer of OpenAI's shape
     finally:
         answer.times.append(time.monotonic())
         answer.done = True
@@ -168,8 +194,59 @@ async def _read_events(response: aiohttp.ClientResponse, answer: Answer) -> None
 def _take(event: dict[str, Any], answer: Answer) -> None:
     for choice in event["choices"]:
         answer.tokens += choice.get("token_ids") or []
+        answer.text += choice.get("text") or ""
     if event.get("usage"):
         answer.usage = event["usage"]["completion_tokens"]
+
+
+class HouseLike(Protocol):
+    """What `run` needs of the server under test."""
+
+    url: str
+
+    def strike(self, fault: str) -> Strike | None:
+        """Return what breaks one thing; None where there is none of its kind. Who it is takes a while to look up."""
+
+    async def whole(self, since: float, lost: Sequence[psutil.Process] = ()) -> float:
+        """Wait until those are gone and the Router knows all engines; return how long that took. Raises `NotBack`."""
+
+    async def free(self, since: float) -> float:
+        """Wait until no engine has a request; return how long that took. Raises `NotBack`."""
+
+    def gap(self, prompt: str, said: Sequence[int], one: int, other: int) -> float:
+        """Return how much likelier, in nats, the engine finds one token than another after a prompt and an answer."""
+
+    def recovered(self) -> dict[str, int]:
+        """Return how many requests were continued and restarted so far, by the Routers' own counts, each by name."""
+
+
+class Strike:
+    """Breaks one thing when it is called, at once.
+
+    Attributes:
+        victim: The process it hits, if it is one.
+        lost: All that end by it.
+    """
+
+    def __init__(self, victim: psutil.Process | None, number: int, lost: Sequence[psutil.Process]) -> None:
+        self.victim, self._signal, self.lost = victim, number, lost
+
+    def __call__(self, jobs: Sequence[asyncio.Task[None]]) -> None:
+        """Hit the process; without one, it is the clients that go, whose requests these are."""
+        if self.victim is not None:
+            try:
+                self.victim.send_signal(self._signal)
+            except psutil.NoSuchProcess:
+                raise NotBack("what was to be broken had ended by itself") from None
+        else:
+            for job in jobs:
+                job.cancel()
+
+    def end(self) -> None:
+        """End a process that was stopped: it would wake up, or be replaced after three health checks of 30 s."""
+        if self.victim is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.victim.kill()
 
 
 class House:
@@ -177,11 +254,17 @@ class House:
 
     def __init__(self, server: Groundswell, rng: random.Random) -> None:
         self.url, self._rng = server.url, rng
-        ids = {p.environ().get(RUN_ID) for p in server.processes()} - {None}
-        self.run_id = str(next(iter(ids)))
+        ids: set[str] = set()
+        for process in server.processes():
+            with contextlib.suppress(psutil.Error):
+                ids |= {process.environ().get(RUN_ID, "")} - {""}
+        if not ids:
+            raise ServerError("the processes of the server cannot be found")
+        self.run_id = ids.pop()
 
-    def victim(self, fault: str) -> tuple[psutil.Process, int, list[psutil.Process]]:
-        """Choose whom a fault hits: the process, its signal, and all that end by it."""
+    def strike(self, fault: str) -> Strike | None:
+        if fault == "client":
+            return Strike(None, 0, ())
         candidates, number = {
             "actor": (engines, signal.SIGKILL),
             "core": (cores, signal.SIGKILL),
@@ -190,29 +273,41 @@ class House:
             "silence": (engines, signal.SIGSTOP),
             "router": (routers, signal.SIGKILL),
         }[fault]
-        victim = self._rng.choice(candidates(self.run_id))
-        replicas = [each for each in victim.parents() if any("ServeReplica:" in word for word in each.cmdline())]
-        return victim, number, [victim, *replicas]
+        found = candidates(self.run_id)
+        if not found:
+            return None
+        victim = self._rng.choice(found)
+        lost = [victim]
+        with contextlib.suppress(psutil.Error):
+            lost += [each for each in victim.parents() if any("ServeReplica:" in word for word in each.cmdline())]
+        return Strike(victim, number, lost)
 
-    async def whole(self, since: float, victims: Sequence[psutil.Process] = ()) -> float:
-        """Wait until those are gone and the Router knows all engines; return how long that took."""
+    async def whole(self, since: float, lost: Sequence[psutil.Process] = ()) -> float:
         while time.monotonic() - since < BACK_WITHIN_S:
-            if not any(map(is_alive, victims)) and await asyncio.to_thread(self._engines) == ENGINES == len(
+            if not any(map(is_alive, lost)) and await asyncio.to_thread(self._engines) == ENGINES == len(
                 cores(self.run_id)
             ):
                 return time.monotonic() - since
             await asyncio.sleep(0.5)
         raise NotBack(f"not whole again within {BACK_WITHIN_S:.0f} s")
 
+    async def free(self, since: float) -> float:
+        # The first look shows whether it took a second: for another, later ones would get the first one's answer.
+        await asyncio.sleep(max(0.0, since + FIRST_LOOK_S - time.monotonic()))
+        while time.monotonic() - since < FREE_WITHIN_S:
+            (model,) = json.loads(await asyncio.to_thread(self._read, "/fleet"))["models"]
+            if not model["running"] + model["waiting"]:
+                return time.monotonic() - since
+            await asyncio.sleep(0.1)
+        raise NotBack(f"engines still work for clients that hung up {FREE_WITHIN_S:.0f} s ago")
+
     def _engines(self) -> int:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
-                return int(json.load(response)["replicas"][MODEL_NAME])
-        except (OSError, ValueError, KeyError):
+            return int(json.loads(self._read("/health", timeout_s=5))["replicas"][MODEL_NAME])
+        except (NotBack, ValueError, KeyError):
             return 0
 
     def gap(self, prompt: str, said: Sequence[int], one: int, other: int) -> float:
-        """Return how much likelier, in nats, the engine finds one token than another after a prompt and an answer."""
         asked = self._post("/tokenize", {"model": MODEL_NAME, "prompt": prompt})["tokens"]
         body = {"prompt": [*asked, *said], "max_tokens": 1, "temperature": 0, "logprobs": 5}
         answer = self._post("/v1/completions", {**body, "model": MODEL_NAME, "return_tokens_as_token_ids": True})
@@ -220,42 +315,46 @@ class House:
         return float(likely.get(f"token_id:{one}", -100.0) - likely.get(f"token_id:{other}", -100.0))
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+        return json.loads(self._read(path, json.dumps(body).encode(), timeout_s=60))
 
-    def recovered(self) -> Counter[str]:
-        """Return how many requests were continued and restarted so far, by the Router's own count."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=20) as response:
-            text = response.read().decode()
-        found: Counter[str] = Counter()
-        for line in text.splitlines():
-            if line.startswith("ray_groundswell_fleet_recovered_requests_total{") and (
-                how := re.search(r'how="(\w+)"', line)
-            ):
-                found[how[1]] += int(float(line.rsplit(" ", 1)[1]))
-        return found
+    def _read(self, path: str, body: bytes | None = None, *, timeout_s: float = 20) -> bytes:
+        request = urllib.request.Request(self.url + path, body, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                return bytes(response.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise NotBack(f"{path} does not answer: {error}") from None
+
+    def recovered(self) -> dict[str, int]:
+        for _ in range(2):  # an exporter that is late, on busy cores, need not end everything
+            with contextlib.suppress(NotBack):
+                return counts(self._read("/metrics").decode())
+            time.sleep(2)
+        return counts(self._read("/metrics").decode())
 
 
-class Strike:
-    """Breaks one thing when it is called, at once: who it is has been looked up before, which takes its time.
+def counts(exported: str) -> dict[str, int]:
+    """Return the requests recovered so far, of each series in what Prometheus would read: a Router has its own."""
+    found = {}
+    for line in exported.splitlines():
+        if line.startswith("ray_groundswell_fleet_recovered_requests_total{"):
+            name, _, value = line.rpartition(" ")
+            found[name] = int(float(value))
+    return found
 
-    Attributes:
-        victim: The process it hits.
-        lost: All that end by it.
-    """
 
-    def __init__(self, house: House, fault: str) -> None:
-        self.victim, self._signal, self.lost = house.victim(fault)
-
-    def __call__(self) -> None:
-        self.victim.send_signal(self._signal)
+def gained(before: Mapping[str, int], now: Mapping[str, int], how: str) -> int:
+    """Return how many requests were recovered in between in one way; what dead Routers had counted may have gone."""
+    return sum(max(0, n - before.get(name, 0)) for name, n in now.items() if re.search(rf'how="{how}"', name))
 
 
 async def load(
-    url: str, asked: Sequence[str], tokens: int, plain: int, wait_for: int, then: Callable[[], None]
+    url: str,
+    asked: Sequence[str],
+    tokens: int,
+    plain: int,
+    wait_for: int,
+    then: Callable[[Sequence[asyncio.Task[None]]], None],
 ) -> tuple[list[Answer], list[Answer], float]:
     """Ask everything at once, the last `plain` prompts without streaming; call `then` when all streams have begun.
 
@@ -271,12 +370,19 @@ async def load(
             asyncio.create_task(ask(session, url, prompt, tokens, i < len(streams), answer))
             for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True))
         ]
-        while any(len(a.tokens) < wait_for and not a.done for a in streams):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        under_way = [answer for answer in answers if not answer.done]
-        moment = time.monotonic()
-        then()
-        await asyncio.gather(*jobs)
+        try:
+            while any(len(a.tokens) < wait_for and not a.done for a in streams):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            under_way = [answer for answer in answers if not answer.done]
+            moment = time.monotonic()
+            then(jobs)
+            await asyncio.wait(jobs)
+            for job in jobs:
+                if not job.cancelled():
+                    job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
     return answers, under_way, moment
 
 
@@ -293,6 +399,8 @@ def judge(
     the first `place` undisturbed tokens of the answer with that index.
     """
     for index, (answer, model) in enumerate(zip(answers, undisturbed, strict=True)):
+        if answer.hung_up:
+            continue
         if answer.status not in (0, 200):
             row.refused += 1
         elif answer.problem is not None:
@@ -313,9 +421,12 @@ def judge(
 
 
 def off(answer: Answer, model: Answer) -> int:
-    """Return how many tokens of a whole answer are not as they were undisturbed, `usage` included."""
-    same = parting(answer, model)
-    return max(len(answer.tokens), len(model.tokens)) - same + abs(answer.usage - model.usage)
+    """Return how many tokens of a whole answer are not as they were undisturbed, `usage` included.
+
+    The same tokens with another text count as one.
+    """
+    wrong = max(len(answer.tokens), len(model.tokens)) - parting(answer, model) + abs(answer.usage - model.usage)
+    return wrong or int(answer.text != model.text)
 
 
 def parting(answer: Answer, model: Answer) -> int:
@@ -325,36 +436,48 @@ def parting(answer: Answer, model: Answer) -> int:
 
 
 async def run(
-    house: House, faults: Sequence[str], clients: int, tokens: int, say: Callable[[str], None]
-) -> dict[str, Row]:
-    """Ask undisturbed, then break one thing after the other, always under load and always from a whole house."""
-    rows: dict[str, Row] = {}
+    house: HouseLike,
+    faults: Sequence[str],
+    clients: int,
+    tokens: int,
+    say: Callable[[str], None],
+    rows: dict[str, Row],
+    *,
+    until: float | None = None,
+) -> None:
+    """Ask undisturbed, then break one thing after the other, always under load and always from a whole house.
+
+    What is found goes into `rows`, by fault, each injection when all of it has been seen. Faults that would not be over
+    by `until` (of `time.monotonic`), if they take as long as the longest so far, are left out.
+    """
     asked = prompts(clients, seed=1)
     plain = clients // 4
     await house.whole(time.monotonic())
-    undisturbed, _, _ = await load(house.url, asked, tokens, plain, 0, lambda: None)
-    again, _, _ = await load(house.url, asked, tokens, plain, 0, lambda: None)
+    undisturbed, _, _ = await load(house.url, asked, tokens, plain, 0, lambda _: None)
+    again, _, _ = await load(house.url, asked, tokens, plain, 0, lambda _: None)
     lost = [answer.problem for answer in [*undisturbed, *again] if answer.problem]
     if lost:
         raise NotBack(f"undisturbed requests failed: {lost[0]}")
     say(f"undisturbed, twice: {sum(off(a, b) for a, b in zip(again, undisturbed, strict=True))} tokens differ")
+    longest_s = 0.0
     for number, fault in enumerate(faults, 1):
-        row = rows.setdefault(fault, Row())
+        started = time.monotonic()
+        if until is not None and started + longest_s > until:
+            say(f"{len(faults) - number + 1} faults are left out: there is no time for another")
+            return
+        strike = house.strike(fault)
+        if strike is None:
+            say(f"{number:3} of {len(faults)}  {fault:8} left out: there is no such process here")
+            continue
         before = await asyncio.to_thread(house.recovered)
-        strike = Strike(house, fault)
-        answers, under_way, moment = await load(
-            house.url,
-            asked,
-            tokens,
-            plain,
-            tokens // 20,
-            strike,
-        )
-        row.injected += 1
-        row.in_flight += len(under_way)
-        if fault == "silence":  # it would wake up, or be replaced after three health checks of 30 s
-            strike.victim.kill()
-        row.whole_again_s = max(row.whole_again_s, await house.whole(moment, strike.lost))
+        answers, under_way, moment = await load(house.url, asked, tokens, plain, tokens // 20, strike)
+        ended = time.monotonic()
+        row = Row(injected=1, in_flight=len(under_way))
+        if fault == "client":
+            row.free_after_s = await house.free(moment)
+        if fault == "silence":
+            strike.end()
+        row.whole_again_s = await house.whole(moment, strike.lost)
 
         def gap(index: int, place: int, one: int, other: int) -> float:
             nats = house.gap(asked[index], undisturbed[index].tokens[:place], one, other)
@@ -362,46 +485,69 @@ async def run(
             return nats
 
         judge(row, answers, undisturbed, moment, gap)
-        if fault != "router":  # which takes its counts with it
-            gained = await _gained(house, before)
-            row.continued += gained["continued"]
-            row.restarted += gained["restarted"]
+        if fault not in LOSES_NO_ENGINE:
+            row.continued, row.restarted = await _moved(house, before, ended)
+        rows[fault] = rows.get(fault, Row()) + row
         problems = [answer.problem for answer in answers if answer.problem]
-        say(f"{number:3} of {len(faults)}  {fault:8} {asdict(row)} {problems[:1] or ''}")
-    return rows
+        longest_s = max(longest_s, time.monotonic() - started)
+        say(f"{number:3} of {len(faults)}  {fault:8} {_brief(row)} {problems[:1] or ''}")
 
 
-async def _gained(house: House, before: Counter[str]) -> Counter[str]:
-    """Return the requests recovered since, once their number is known and has stopped growing."""
-    since, gained = time.monotonic(), Counter[str]()
-    while time.monotonic() - since < METRICS_LAG_S:
-        await asyncio.sleep(METRICS_LAG_S / 4)
-        now = await asyncio.to_thread(house.recovered) - before
-        if gained and now == gained:
-            break
-        gained = now
-    return gained
+async def _moved(house: HouseLike, before: Mapping[str, int], ended: float) -> tuple[int, int]:
+    """Return the requests continued and restarted since `before` was read, once Ray's endpoint must know them.
+
+    After the last answer, which came when it `ended`, nothing is counted any more.
+    """
+    while True:
+        await asyncio.sleep(max(METRICS_LAG_S - (time.monotonic() - ended), METRICS_LAG_S / 15))
+        now = await asyncio.to_thread(house.recovered)
+        moved = gained(before, now, "continued"), gained(before, now, "restarted")
+        if any(moved) or time.monotonic() - ended > LONGEST_METRICS_LAG_S:
+            return moved
+
+
+def _brief(row: Row) -> str:
+    return ", ".join(
+        f"{name.removesuffix('_s').replace('_', ' ')} {f'{value:.1f} s' if name.endswith('_s') else value}"
+        for name, value in asdict(row).items()
+        if value and name != "injected"
+    )
 
 
 def table(rows: dict[str, Row]) -> str:
     """Return the rows as Markdown."""
     head = (
         "| fault | injected | in flight | continued | restarted | refused | broken | tokens off | ties "
-        "| longest pause, s | error after, s | whole again, s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+        "| longest pause, s | error after, s | free after, s | whole again, s |\n" + "|---" * 13 + "|"
     )
     lines = [
-        f"| {fault} | {r.injected} | {r.in_flight} | {r.continued} | {r.restarted} | {r.refused} | {r.broken} "
-        f"| {r.tokens_off} | {r.ties} | {r.longest_pause_s:.1f} | {f'{r.error_after_s:.1f}' if r.broken else ''} "
-        f"| {r.whole_again_s:.0f} |"
+        f"| {fault} | {r.injected} | {r.in_flight} | {_counted(fault, r.continued)} | {_counted(fault, r.restarted)} "
+        f"| {r.refused} | {r.broken} | {r.tokens_off} | {r.ties} | {_seconds(r.longest_pause_s)} "
+        f"| {_seconds(r.error_after_s)} | {_seconds(r.free_after_s)} | {r.whole_again_s:.0f} |"
         for fault, r in rows.items()
     ]
     return "\n".join([head, *lines])
 
 
+def _counted(fault: str, number: int) -> str:
+    return "" if fault in LOSES_NO_ENGINE else str(number)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value else ""
+
+
 def good(rows: dict[str, Row]) -> bool:
-    """Whether nothing was lost but what a Router's death must lose."""
-    return all(
-        row.tokens_off == 0 and row.refused == 0 and (row.broken == 0 or fault == "router")
+    """Whether there is something to see, and nothing was lost but what a Router's death must lose.
+
+    A fault that hit nobody's request shows nothing, and is not good either.
+    """
+    return bool(rows) and all(
+        row.tokens_off == 0
+        and row.refused == 0
+        and (row.broken == 0 or fault == "router")
+        and row.in_flight > 0
+        and (fault in LOSES_NO_ENGINE or row.continued + row.restarted > 0)
         for fault, row in rows.items()
     )
 
@@ -414,28 +560,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=16, help="requests at once, a quarter of them without streaming")
     parser.add_argument("--tokens", type=int, default=1200, help="of each answer")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of victims")
+    parser.add_argument(
+        "--minutes", type=float, help="leave out faults that would not end within so many, start included"
+    )
     console.add_json(parser)
     given = parser.parse_args(arguments)
     faults = tuple(given.faults.split(",")) if given.faults else QUICK if given.quick else FULL
+    if unknown := set(faults) - set(FULL):
+        parser.error(f"there is no fault {sorted(unknown)[0]!r}; there are {', '.join(QUICK)}")
+    until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     console.stop_in_order()
     model = ROOT / "models" / "tiny-random"
     make_model(model)
+    rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(prefix="groundswell-chaos-") as folder:
         server = Groundswell(
-            settings(model, gpu=has_cuda_build()), Path(folder), engines=ENGINES, fleet={"engine_stall_timeout_s": 10}
+            settings(model, gpu=has_cuda_build()),
+            Path(folder),
+            engines=ENGINES,
+            fleet={"engine_stall_timeout_s": 10, "heartbeat_interval_s": HEARTBEAT_S},
         )
         try:
             server.start()
             console.say(f"ready after {server.startup_s:.0f} s")
             house = House(server, random.Random(given.seed))
-            rows = asyncio.run(run(house, faults, given.clients, given.tokens, console.say))
+            asyncio.run(run(house, faults, given.clients, given.tokens, console.say, rows, until=until))
         except (ServerError, NotBack) as problem:
             print(f"chaos: {problem}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("chaos: stopped", file=sys.stderr)
+            return 130
         finally:
+            if rows:  # before anything else that may take its time
+                console.say(f"\n{table(rows)}")
+                console.report({fault: asdict(row) for fault, row in rows.items()}, given.json)
+                sys.stdout.flush()
             server.stop()
-    console.say(f"\n{table(rows)}")
-    console.report({fault: asdict(row) for fault, row in rows.items()}, given.json)
     return 0 if good(rows) else 1
 
 

@@ -206,7 +206,7 @@ def frontend_config(args: Namespace) -> VllmConfig:
             max_loras=parsed.max_loras,
             default_mm_loras=parsed.default_mm_loras,
         )
-    return VllmConfig(
+    config = VllmConfig(
         model_config=model_config,
         lora_config=lora_config,
         logging_config=parsed.create_logging_config(),
@@ -214,6 +214,8 @@ def frontend_config(args: Namespace) -> VllmConfig:
         structured_outputs_config=parsed.create_structured_outputs_config(),
         reasoning_config=parsed.reasoning_config,
     )
+    config.aux_output_config = parsed.aux_output_config  # afterwards: vLLM would look whether an engine here can
+    return config
 
 
 def model_names(args: Namespace) -> list[str]:

@@ -9,14 +9,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from typing import Any
 
 import psutil
+import requests
 
+from benchmarks import chaos
 from tests.e2e.serving import ROOT, wait_for
 from tests.serve.conftest import LIMIT_S, Stubs
 from tests.serve.test_fleet_of_stubs import events, words
 
 CLIENTS = 6
+FEW_CLIENTS = 4
+"""For whom there is room while no engine has joined yet: `MAX_QUEUED`."""
 TOKENS = 250
 """Five seconds of them: many streams begin and end while replicas are replaced."""
 
@@ -45,7 +50,8 @@ def deploy(stubs: Stubs, config: object) -> None:
     )
 
 
-def test_a_new_configuration_under_load_loses_nothing(stubs: Stubs) -> None:
+def rolled_out(stubs: Stubs, clients: int, deployment: dict[str, Any], token_s: float) -> None:
+    """Deploy a new configuration of the model `pair` under load, until all engines are new; nothing may be lost."""
     stubs.wait_for_engines("pair", 2)
     before = set(stubs.notes("pair"))
     done = Event()
@@ -62,13 +68,10 @@ def test_a_new_configuration_under_load_loses_nothing(stubs: Stubs) -> None:
                 served.append(words(said))
         return lost
 
-    config = copy.deepcopy(stubs.config)
-    (pair,) = [m for m in config["applications"][0]["args"]["app"]["models"] if m["name"] == "pair"]
-    pair["env"]["STUB_TOKEN_S"] = "0.021"
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        clients = pool.map(client, range(CLIENTS))
+    with ThreadPoolExecutor(clients) as pool:
+        asking = pool.map(client, range(clients))
         try:
-            deploy(stubs, config)
+            deploy(stubs, changed(stubs, deployment, token_s))
             wait_for(
                 lambda: before.isdisjoint(stubs.notes("pair")) and len(stubs.notes("pair")) == 2,
                 "all engines are new",
@@ -77,6 +80,33 @@ def test_a_new_configuration_under_load_loses_nothing(stubs: Stubs) -> None:
             time.sleep(2)  # and some more requests for the new ones alone
         finally:
             done.set()
-        assert [lost for each in clients for lost in each] == []
-    assert len(served) > CLIENTS
+        assert [lost for each in asking for lost in each] == []
+    assert len(served) > clients
     assert len(set(served)) == 1
+
+
+def changed(stubs: Stubs, deployment: dict[str, Any], token_s: float) -> dict[str, Any]:
+    """Return the configuration with other Serve options and another pace for the model `pair`."""
+    config = copy.deepcopy(stubs.config)
+    (pair,) = [m for m in config["applications"][0]["args"]["app"]["models"] if m["name"] == "pair"]
+    pair["deployment"] |= deployment
+    pair["env"]["STUB_TOKEN_S"] = str(token_s)
+    return config
+
+
+def recovered(stubs: Stubs) -> int:
+    """Return how many requests Routers have continued or restarted."""
+    return sum(chaos.counts(requests.get(f"{stubs.url}/metrics", timeout=LIMIT_S).text).values())
+
+
+def test_a_new_configuration_under_load_loses_nothing(stubs: Stubs) -> None:
+    rolled_out(stubs, CLIENTS, {}, 0.021)
+
+
+def test_where_no_gpu_is_spare_old_engines_go_first_and_their_streams_go_on_at_others(stubs: Stubs) -> None:
+    """Old replicas keep to the grace they were started with, so the first rollout only brings some with a short one."""
+    no_spare = {"max_surge_percent": 0, "graceful_shutdown_timeout_s": 1}
+    rolled_out(stubs, FEW_CLIENTS, no_spare, 0.022)
+    before = recovered(stubs)
+    rolled_out(stubs, FEW_CLIENTS, no_spare, 0.023)
+    wait_for(lambda: recovered(stubs) > before, "streams that outlasted the grace have moved", limit_s=LIMIT_S)

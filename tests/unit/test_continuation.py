@@ -380,6 +380,52 @@ async def test_at_its_deadline_a_generation_ends_in_an_error_of_its_own_api(stag
     assert stage.flight.closed, "its place in the engine is free"
 
 
+@pytest.mark.parametrize(
+    ("reason", "params"),
+    [
+        ("a thinking budget", {"thinking_token_budget": 0}),
+        ("a watermark", {"watermarking": True}),
+        ("a replayed trace", {"trace_decode_token_ids": [1, 2]}),
+    ],
+)
+async def test_what_vllm_takes_only_with_options_of_its_own_is_named_too(reason: str, params: dict[str, Any]) -> None:
+    request = EngineCoreRequest("g", [1], None, sampling(), None, 0.0, None, None, None)
+    assert continuation.why_not([request]) is None
+    for name, value in params.items():
+        setattr(request.sampling_params, name, value)
+    assert continuation.why_not([request]) == reason
+
+
+COUNTS_OVER_THE_ANSWER = {
+    *("n", "structured_outputs", "presence_penalty", "frequency_penalty", "bad_words", "_bad_words_token_ids"),
+    *("repetition_detection", "thinking_token_budget", "watermarking", "trace_decode_token_ids"),
+}
+REWRITTEN = {
+    *("max_tokens", "min_tokens", "prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start"),
+    "skip_reading_prefix_cache",
+}
+LOOKS_AT_ONE_TOKEN = {
+    *("temperature", "top_p", "top_k", "min_p", "logit_bias", "allowed_token_ids", "logprobs", "logprob_token_ids"),
+    *("stop_token_ids", "ignore_eos", "_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped"),
+}
+OF_THE_ROUTER = {
+    *("stop", "flat_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
+    *("include_stop_str_in_output", "output_kind", "stream_interval", "skip_clone", "output_text_buffer_length"),
+}
+KNOWN_TO_BE_SAFE = {
+    "repetition_penalty": "it counts the prompt too",
+    "seed": "not reproduced, as the docs say; a plain request begins again",
+    "extra_args": "read by logits processors, which are named by `why_no_request`, and by KV connectors",
+    "routed_experts_prompt_start": "it counts only for engines that return them, which `why_no_request` names",
+}
+
+
+async def test_every_option_of_vllms_either_goes_on_or_is_named() -> None:
+    """A new one is to be looked at: does an engine count it over the answer's own tokens?"""
+    known = COUNTS_OVER_THE_ANSWER | REWRITTEN | LOOKS_AT_ONE_TOKEN | OF_THE_ROUTER | KNOWN_TO_BE_SAFE.keys()
+    assert set(SamplingParams.__struct_fields__) == known
+
+
 async def test_pooling_and_prompt_embeddings_are_named() -> None:
     pooling = EngineCoreRequest("p", [1], None, None, PoolingParams(task="embed"), 0.0, None, None, None)
     assert continuation.why_not([pooling]) == "pooling"
@@ -392,3 +438,11 @@ async def test_engines_with_logits_processors_of_their_own_keep_every_answer(sta
     assert continuation.why_no_request(config) is None
     with mock.patch.object(config.model_config, "logits_processors", ["mine:Processor"]):
         assert continuation.why_no_request(config) == "custom logits processors"
+
+
+async def test_engines_that_return_routed_experts_keep_every_answer(stage: Stage) -> None:
+    """vLLM's output processor strings them together: those of a first part would be there twice."""
+    options = {"model": stage.client.model_config.model, "dtype": "float32", "enable_return_routed_experts": True}
+    with mock.patch.dict(os.environ, VLLM_TARGET_DEVICE="cpu"):
+        config = frontend_config(parse_args("tiny", options, {}))
+    assert continuation.why_no_request(config) == "routed experts returned"

@@ -1,0 +1,292 @@
+"""`make chaos`: what it makes of what clients got, against a stub of the server. Nothing is killed here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from benchmarks import chaos
+from benchmarks.chaos import FULL, LOSES_NO_ENGINE, QUICK, Answer, NotBack, Row, Strike, counts, gained, good, judge
+
+CLIENTS, TOKENS = 4, 40
+UNDISTURBED = Answer([1, 2, 3], "one two three", 3, [0.0, 1.0, 2.0], 200)
+
+
+def judged(answer: Answer, *, nats: float = 1.0) -> Row:
+    row = Row()
+    judge(row, [answer], [UNDISTURBED], 0.5, lambda *_: nats)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "usage", "off"),
+    [
+        ([1, 2, 3], "one two three", 3, 0),
+        ([1, 2], "one two", 3, 1),
+        ([1, 2, 2, 3], "one two two three", 3, 2),
+        ([1, 2, 3], "one two three", 4, 1),
+        ([1, 2, 3], "one two thre", 3, 1),
+        ([1, 9, 9], "one nine nine", 3, 2),
+    ],
+    ids=["as it was", "missing", "doubled", "usage", "text", "different"],
+)
+def test_an_answer_that_claims_to_be_whole_must_be_the_undisturbed_one(
+    tokens: list[int], text: str, usage: int, off: int
+) -> None:
+    row = judged(Answer(tokens, text, usage, [0.0, 1.0, 4.0], 200))
+    assert (row.tokens_off, row.ties, row.broken, row.refused, row.longest_pause_s) == (off, 0, 0, 0, 3.0)
+
+
+def test_answers_that_part_at_a_tie_are_counted_by_themselves() -> None:
+    row = judged(Answer([1, 9, 9], "one nine nine", 3, [0.0], 200), nats=1e-6)
+    assert (row.tokens_off, row.ties) == (0, 1)
+
+
+def test_a_tie_excuses_no_missing_token() -> None:
+    assert judged(Answer([1, 9], "one nine", 2, [0.0], 200), nats=0.0).tokens_off > 0
+
+
+def test_what_is_not_whole_is_refused_or_broken_and_who_hung_up_is_neither() -> None:
+    assert judged(Answer(status=503, problem="no engine", times=[1.0])).refused == 1
+    broken = judged(Answer([1], status=200, problem="the stream ended without [DONE]", times=[0.0, 2.5]))
+    assert (broken.broken, broken.error_after_s) == (1, 2.0)
+    assert judged(Answer([1], status=200, hung_up=True)) == Row()
+
+
+def test_each_routers_count_is_its_own_and_a_dead_ones_may_go() -> None:
+    name = 'ray_groundswell_fleet_recovered_requests_total{{how="{}",model="tiny",WorkerId="{}"}} {}'
+    before = counts("\n".join([name.format("continued", "a", 7.0), "# HELP something", "other_total{} 3.0"]))
+    now = counts("\n".join([name.format("continued", "b", 3.0), name.format("restarted", "b", 1.0)]))
+    assert (gained(before, now, "continued"), gained(before, now, "restarted")) == (3, 1)
+    assert gained(now, now, "continued") == 0
+
+
+def test_rows_of_a_fault_add_up() -> None:
+    both = Row(injected=1, in_flight=8, continued=4, longest_pause_s=2.0) + Row(injected=1, in_flight=7, broken=1)
+    assert both == Row(injected=2, in_flight=15, continued=4, broken=1, longest_pause_s=2.0)
+
+
+def test_only_a_routers_death_may_break_streams_and_what_hit_nobody_is_not_good() -> None:
+    hit = Row(injected=1, in_flight=8, continued=4)
+    assert good({"actor": hit, "router": Row(injected=1, in_flight=8, broken=8)})
+    for bad in (Row(broken=1), Row(refused=1), Row(tokens_off=1)):
+        assert not good({"actor": hit + bad})
+    assert not good({"actor": Row(injected=1, in_flight=8)}), "no request was at the engine that was lost"
+    assert not good({"client": Row(injected=1)})
+    assert not good({})
+
+
+def test_a_full_run_loses_twenty_engines_and_begins_with_each_fault_once() -> None:
+    assert sum(fault not in LOSES_NO_ENGINE for fault in FULL) == 20
+    assert FULL[: len(QUICK)] == QUICK
+    assert set(FULL) == set(QUICK)
+
+
+class StubHouse:
+    """A stub server whose streams do as they are told, and a house whose faults cost no process.
+
+    Attributes:
+        on_fault: Called when a fault strikes.
+        back: Whether the house is whole again after a fault.
+        error: Ends all streams that run.
+    """
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.on_fault: Callable[[str], None] = lambda fault: None
+        self.back = True
+        self.error: str | None = None
+        self.doubles = False
+        self.struck: list[str] = []
+        self.streams = self.moved = 0
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        tokens = [(len(body["prompt"]) + i) % 1000 for i in range(body["max_tokens"])]
+        usage = {"completion_tokens": len(tokens)}
+        if not body["stream"]:
+            return web.json_response({"choices": [{"token_ids": tokens, "text": str(tokens)}], "usage": usage})
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+
+        async def say(event: dict[str, Any]) -> None:
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+        self.streams += 1
+        try:
+            for token in tokens:
+                if self.error is not None:
+                    await say({"error": {"message": self.error}})
+                    break
+                await say({"choices": [{"token_ids": [token] * (1 + self.doubles), "text": f"{token} "}]})
+                await asyncio.sleep(0.005)
+            else:
+                await say({"choices": [], "usage": usage})
+            await response.write(b"data: [DONE]\n\n")
+        finally:
+            self.streams -= 1
+        return response
+
+    def strike(self, fault: str) -> Strike | None:
+        house = self
+
+        class Struck(Strike):
+            def __call__(self, jobs: Sequence[asyncio.Task[None]]) -> None:
+                house.struck.append(fault)
+                house.on_fault(fault)
+                if fault == "client":
+                    super().__call__(jobs)
+
+        return None if fault == "worker" else Struck(None, 0, ())
+
+    async def whole(self, since: float, lost: Sequence[psutil.Process] = ()) -> float:
+        if self.struck and not self.back:
+            raise NotBack("not whole again")
+        return time.monotonic() - since
+
+    async def free(self, since: float) -> float:
+        async with asyncio.timeout(10):
+            while self.streams:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        return time.monotonic() - since
+
+    def gap(self, prompt: str, said: Sequence[int], one: int, other: int) -> float:
+        return 5.0
+
+    def recovered(self) -> dict[str, int]:
+        return {'{how="continued"}': self.moved}
+
+
+@pytest_asyncio.fixture
+async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StubHouse]:
+    monkeypatch.setattr(chaos, "METRICS_LAG_S", 0.0)
+    monkeypatch.setattr(chaos, "LONGEST_METRICS_LAG_S", 0.0)
+    stub = StubHouse()
+    app = web.Application()
+    app.router.add_post("/v1/completions", stub.complete)
+    runner = web.AppRunner(app, handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield stub
+    await runner.cleanup()
+
+
+async def ran(house: StubHouse, *faults: str, until: float | None = None) -> tuple[dict[str, Row], list[str]]:
+    rows: dict[str, Row] = {}
+    said: list[str] = []
+    await chaos.run(house, faults, CLIENTS, TOKENS, said.append, rows, until=until)
+    return rows, said
+
+
+@pytest.mark.asyncio
+async def test_faults_strike_while_all_streams_run_and_are_counted_each_by_itself(house: StubHouse) -> None:
+    def on_fault(fault: str) -> None:
+        assert house.streams == CLIENTS - 1, "the last client does not stream"
+        house.moved += 2 * (fault == "actor")
+
+    house.on_fault = on_fault
+    rows, said = await ran(house, "actor", "worker", "client", "actor")
+    assert set(rows) == {"actor", "client"}
+    assert (rows["actor"].injected, rows["actor"].continued) == (2, 4)
+    assert rows["actor"].in_flight >= 2 * (CLIENTS - 1)
+    assert rows["client"].free_after_s > 0
+    assert good(rows)
+    assert any("no such process" in line for line in said)
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_breaks_is_seen(house: StubHouse) -> None:
+    def on_fault(fault: str) -> None:
+        house.error, house.moved = "the engine failed", 1
+
+    house.on_fault = on_fault
+    rows, said = await ran(house, "core")
+    assert rows["core"].broken == CLIENTS - 1
+    assert "the engine failed" in said[-1]
+    assert not good(rows)
+
+
+@pytest.mark.asyncio
+async def test_tokens_that_come_twice_are_seen(house: StubHouse) -> None:
+    def on_fault(fault: str) -> None:
+        house.doubles, house.moved = True, 1
+
+    house.on_fault = on_fault
+    rows, _ = await ran(house, "core")
+    assert rows["core"].tokens_off >= CLIENTS - 1
+
+
+@pytest.mark.asyncio
+async def test_what_was_seen_before_something_did_not_come_back_is_kept(house: StubHouse) -> None:
+    def on_fault(fault: str) -> None:
+        house.moved, house.back = house.moved + 1, fault != "hang"
+
+    house.on_fault = on_fault
+    rows: dict[str, Row] = {}
+    with pytest.raises(NotBack):
+        await chaos.run(house, ["actor", "hang", "actor"], CLIENTS, TOKENS, lambda line: None, rows)
+    assert list(rows) == ["actor"]
+    assert rows["actor"].injected == 1
+
+
+@pytest.mark.asyncio
+async def test_a_fault_that_would_not_end_in_time_is_left_out(house: StubHouse) -> None:
+    rows, said = await ran(house, "client", "client", until=time.monotonic())
+    assert rows == {}
+    assert "2 faults are left out" in said[-1]
+
+
+@pytest.mark.parametrize("stopped", [SystemExit(143), KeyboardInterrupt(), NotBack("gone")])
+def test_whatever_ends_it_the_table_is_printed_and_the_server_stopped(
+    stopped: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    order = []
+
+    class Server:
+        startup_s = 1.0
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def start(self) -> None:
+            order.append("started")
+
+        def stop(self) -> None:
+            order.append("table" if "| actor | 1 | 8 | 4 |" in capsys.readouterr().out else "no table")
+            order.append("stopped")
+
+    async def run(*arguments: Any, **_: Any) -> None:
+        arguments[5]["actor"] = Row(injected=1, in_flight=8, continued=4)
+        raise stopped
+
+    monkeypatch.setattr(chaos, "Groundswell", Server)
+    monkeypatch.setattr(chaos, "House", lambda *_: None)
+    monkeypatch.setattr(chaos, "make_model", lambda _: None)
+    monkeypatch.setattr(chaos, "run", run)
+    monkeypatch.setattr(chaos.console, "stop_in_order", lambda: None)
+    report = tmp_path / "chaos.json"
+    try:
+        code = chaos.main(["--json", str(report)])
+    except SystemExit as left:
+        code = int(str(left.code))
+    assert code != 0
+    assert order == ["started", "table", "stopped"]
+    assert json.loads(report.read_text())["actor"]["continued"] == 4
+
+
+def test_a_fault_that_does_not_exist_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        chaos.main(["--faults", "actor,flood"])
+    assert left.value.code == 2
+    assert "flood" in capsys.readouterr().err
