@@ -58,7 +58,7 @@ def choose(visit: Visit, name: str) -> None:
 
 def test_an_answer_streams_in_and_grows(scripted_server: Scripted, visit: Open) -> None:
     scripted_server.fleet.answers = [" ".join(f"word{i}" for i in range(40))]
-    scripted_server.fleet.pause_s = 0.01
+    scripted_server.fleet.pause_s = 0.05  # some seconds in all, whatever else the machine does
     tab = visit(scripted_server.url)
     tab.open()
     answer = tab.ask("Say many words")
@@ -156,7 +156,7 @@ def test_stop_hangs_up_and_keeps_what_had_arrived(scripted_server: Scripted, vis
     tab.page.get_by_role("button", name="Stop").click()
     tab.until(answer, "stopped")
     assert answer.locator(".text").inner_text() == "The"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not scripted_server.fleet.flights[-1].closed.is_set():
         assert time.monotonic() < deadline, "the request still holds its engine"
         time.sleep(0.02)
