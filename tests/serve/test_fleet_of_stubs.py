@@ -12,7 +12,7 @@ import requests
 
 from tests.e2e.serving import wait_for
 from tests.serve import orders
-from tests.serve.conftest import MAX_QUEUED, ROUTERS, Stubs
+from tests.serve.conftest import LIMIT_S, MAX_QUEUED, ROUTERS, Stubs
 
 
 def events(answer: requests.Response) -> Iterator[Any]:
@@ -71,6 +71,28 @@ def test_long_and_short_prompts_mixed_are_even_work_for_both_engines(pair: Stubs
     while shares[-1] >= 1.5 and len(shares) < 3:  # an engine that stood still for a while was given less, and rightly
         shares.append(share())
     assert shares[-1] < 1.5, shares
+
+
+def test_what_the_page_shows_of_the_fleet_is_what_serve_and_the_engines_say(pair: Stubs) -> None:
+    """Over Serve's real controller: what is made of its account is unit tested on a copy of one."""
+
+    def seen() -> dict[str, Any]:
+        return dict(requests.get(f"{pair.url}/fleet", timeout=LIMIT_S).json())
+
+    def of_pair() -> dict[str, Any]:
+        return next(dict(model) for model in seen()["models"] if model["model"] == "pair")
+
+    wait_for(lambda: seen()["serve"] == "ok" and of_pair()["states"].get("ready") == 2, "both engines are ready")
+
+    def ready() -> set[str]:
+        return {each["replica"] for each in of_pair()["replicas"] if each["state"] == "ready"}
+
+    wait_for(lambda: ready() == set(pair.notes("pair")), "they are those that live")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(pair.ask, "pair", tokens=1000)  # 20 s of them
+        wait_for(lambda: of_pair()["running"] == 1, "the request is seen to run")
+        assert answer.result().status_code == 200
+    wait_for(lambda: of_pair()["running"] == 0, "and to be over")
 
 
 def test_two_prompts_in_one_completion_are_both_answered(pair: Stubs) -> None:

@@ -162,6 +162,31 @@ def test_stop_hangs_up_and_keeps_what_had_arrived(scripted_server: Scripted, vis
         time.sleep(0.02)
 
 
+def test_an_engine_that_is_lost_in_mid_answer_does_not_break_it(scripted_server: Scripted, visit: Open) -> None:
+    fleet = scripted_server.fleet
+    fleet.answers, fleet.pause_s, fleet.cut_after, fleet.recovered = ["one two three four five six"], 0.05, 4, []
+    tab = visit(scripted_server.url)
+    tab.open()
+    answer = tab.ask("Count")
+    tab.until(answer, "done")
+    assert fleet.recovered == ["continued"], "it goes on elsewhere"
+    assert answer.locator(".text").inner_text() == "one two three four five six"
+    assert answer.locator(".notice").is_hidden()
+
+
+def test_the_model_that_is_chosen_is_asked(scripted_server: Scripted, visit: Open) -> None:
+    cards = [{"id": name, "object": "model", "created": 0, "owned_by": "vllm"} for name in ("tiny", "other")]
+    tab = visit(scripted_server.url)
+    tab.page.route("**/v1/models*", lambda route: route.fulfill(json={"object": "list", "data": cards}))
+    tab.open()
+    for name in ("other", "tiny"):
+        tab.page.locator("#model").select_option(name)
+        with tab.page.expect_request("**/v1/chat/completions") as sent:
+            answer = tab.ask("Who are you?")
+        assert sent.value.post_data_json["model"] == name
+        tab.until(answer, "failed" if name == "other" else "done")  # no such model is served here
+
+
 def test_conversations_are_kept_apart_and_can_be_deleted(scripted_server: Scripted, visit: Open) -> None:
     tab = visit(scripted_server.url)
     tab.open()
