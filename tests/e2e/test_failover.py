@@ -166,4 +166,4 @@ def test_an_engine_that_is_lost_in_mid_answer_costs_nobody_a_token(
         if by == signal.SIGSTOP:
             with contextlib.suppress(psutil.NoSuchProcess):  # Serve may have replaced it by now
                 hit.kill()
-    wait_for(lambda: not is_alive(hit), "it has ended", 30)
+    wait_for(lambda: not is_alive(hit), "it has ended", 60)

@@ -127,9 +127,9 @@ def test_a_pooling_model_scores_and_reranks(base: str) -> None:
     ranked = requests.post(f"{base}/v1/rerank", json=body, timeout=SCALES_WITHIN_S).json()["results"]
     assert ranked[0]["index"] == 0
     pair = {"model": "embedder", "text_1": "one", "text_2": ["one"]}
-    assert requests.post(f"{base}/score", json=pair, timeout=60).json()["data"][0]["score"] == pytest.approx(
-        1, abs=1e-3
-    )
+    assert requests.post(f"{base}/score", json=pair, timeout=SCALES_WITHIN_S).json()["data"][0][
+        "score"
+    ] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_pooling_model_does_not_chat(base: str) -> None:
@@ -141,7 +141,7 @@ def test_a_pooling_model_does_not_chat(base: str) -> None:
 
 
 def test_load_brings_a_second_engine_without_cutting_a_stream_and_both_work(client: openai.OpenAI, base: str) -> None:
-    assert replicas(base, "tiny") == 1
+    wait_for(lambda: replicas(base, "tiny") == 1, "one engine before the load")
     stop = threading.Event()
     finished: list[int] = []
 

@@ -113,7 +113,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
     router = {
         "deployment": {"num_replicas": ROUTERS},
         "max_queued_requests": MAX_QUEUED,
-        "fleet": {"engine_stall_timeout_s": 5, "heartbeat_timeout_s": 5},
+        "fleet": {"engine_stall_timeout_s": 10, "heartbeat_timeout_s": 10},
     }
     application = {
         "name": "stubs",

@@ -25,6 +25,8 @@ HANG_LATER = "hang-later"
 FREEZE = "freeze"
 """After some tokens of a request stop the whole process for a while: no token, no heartbeat, no answer."""
 SOME_TOKENS = 3
+REACHES_S = 3
+"""After that the tokens so far have reached the client: it is for the test to say that they did."""
 FROZEN_S = 20
 TOKENS = 1000, 900
 """The first of the pieces of words that answers are made of, and their number."""
@@ -141,10 +143,10 @@ async def obey(notes: Notes, produced: int) -> None:
     if produced == SOME_TOKENS and _take(notes, HANG_LATER):
         await asyncio.Event().wait()
     if produced == SOME_TOKENS and _take(notes, FREEZE):
-        await asyncio.sleep(1)
+        await asyncio.sleep(REACHES_S)
         time.sleep(FROZEN_S)  # noqa: ASYNC251
     if produced == SOME_TOKENS and _take(notes, DIE_LATER):
-        await asyncio.sleep(1)  # the tokens so far shall reach the client
+        await asyncio.sleep(REACHES_S)
         os._exit(1)
 
 

@@ -77,6 +77,7 @@ class ScriptedFleet:
         cut_after: After how many tokens of its only sequence an engine fails, once.
         recovered: How requests began again at another.
         full: Whether it refuses requests.
+        retry_after_s: When it then wants to be asked again.
         pause_s: Between two deltas.
         fails_after: After how many tokens a request ends in an error.
         prompts: What it was asked, as text.
@@ -89,6 +90,7 @@ class ScriptedFleet:
         self.answers: Sequence[str] = ["An answer."]
         self.step = 1
         self.hangs = self.full = False
+        self.retry_after_s = 7.0
         self.pause_s = 0.0
         self.fails_after: int | None = None
         self.cut_after: int | None = None
@@ -103,7 +105,7 @@ class ScriptedFleet:
 
     def admit(self, n: int) -> StubReservation:
         if self.full:
-            raise Overloaded("It is full.", retry_after_s=7)
+            raise Overloaded("It is full.", retry_after_s=self.retry_after_s)
         return StubReservation()
 
     def start(self, submission: RequestSubmission, reservation: Any) -> StubFlight:

@@ -35,6 +35,7 @@ from deployments.launch.preflight import (
     free_port,
     read_config,
 )
+from tests.unit.recording import LIMIT_S
 
 MODEL = {"name": "tiny", "engine_args": {"model": "models/tiny-random"}}
 
@@ -398,7 +399,7 @@ class TestProcesses:
             mine = self.start(run)
             assert [member.pid for member in processes.members(run.run_id)] == [mine.pid]
             assert processes.stop(run.run_id)
-            assert mine.wait(1) == -signal.SIGTERM
+            assert mine.wait(LIMIT_S) == -signal.SIGTERM
             assert bystander.poll() is None
         finally:
             bystander.kill()
@@ -409,7 +410,7 @@ class TestProcesses:
         deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
         process = self.start(run, deaf)
         assert processes.stop(run.run_id, grace_s=0.1)
-        assert process.wait(1) == -signal.SIGKILL
+        assert process.wait(LIMIT_S) == -signal.SIGKILL
 
     def test_finds_one_whose_pid_was_anothers(self, run: processes.Run, monkeypatch: pytest.MonkeyPatch) -> None:
         mine = self.start(run)
@@ -433,7 +434,7 @@ class TestProcesses:
             dead = processes.Run(run.run_id, run.pid, run.started - 60, run.folder)  # our pid, but another process
             with registry.holding(dead):
                 assert registry.clean_up() == 1
-        assert left_behind.wait(1) == -signal.SIGTERM
+        assert left_behind.wait(LIMIT_S) == -signal.SIGTERM
         assert not Path(run.folder).exists()
         assert list((tmp_path / "runs").iterdir()) == []
 
@@ -446,6 +447,7 @@ class TestProcesses:
         )
         parent = self.start(run, code)
         children = psutil.Process(parent.pid).children()
+        assert children
         parent.kill()
         parent.wait()
-        assert psutil.wait_procs(children, timeout=2)[1] == []
+        assert psutil.wait_procs(children, timeout=LIMIT_S)[1] == []

@@ -28,6 +28,7 @@ from deployments.seam import continuation
 from deployments.seam.args import frontend_config, parse_args
 from deployments.seam.engine_client import FleetClient, PublicHTTPError, RequestSubmission
 from models import tiny_random
+from tests.unit.recording import LIMIT_S, Leaps
 from tests.unit.scripted_fleet import StubReservation
 
 pytestmark = pytest.mark.asyncio
@@ -133,7 +134,7 @@ class Stage:
                 break
         else:
             engine.run(submission)
-        await asyncio.wait_for(collecting, 10)
+        await asyncio.wait_for(collecting, LIMIT_S)
         return summary(outputs)
 
 
@@ -368,13 +369,21 @@ async def test_an_answer_whose_state_is_torn_does_not_go_on(stage: Stage) -> Non
         await collecting
 
 
-async def test_at_its_deadline_a_generation_ends_in_an_error_of_its_own_api(stage: Stage) -> None:
+async def test_at_its_deadline_a_generation_ends_in_an_error_of_its_own_api(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outputs: list[RequestOutput] = []
-    with request_scope.request_scope(deadline=(asyncio.get_running_loop().time() + 0.05, RequestTimeout("Too late."))):
+    leaps, moment = Leaps(monkeypatch), asyncio.get_running_loop().time() + 600
+    with request_scope.request_scope(deadline=(moment, RequestTimeout("Too late."))):
         submission, collecting = await stage.ask(sampling(), outputs)
         submission.deliver(EngineCoreOutput("0", [1000]), None)
+        while not outputs:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await leaps.over(500)
+        assert not collecting.done()
+        await leaps.over(100)
         with pytest.raises(PublicHTTPError, match="Too late") as raised:
-            await asyncio.wait_for(collecting, 10)
+            await asyncio.wait_for(collecting, LIMIT_S)
     assert raised.value.error.status == 408
     assert len(outputs) == 1
     assert stage.flight.closed, "its place in the engine is free"

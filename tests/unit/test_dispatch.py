@@ -10,6 +10,7 @@ import pytest
 
 from deployments import request_scope
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send, replay
+from tests.unit.recording import LIMIT_S
 
 pytestmark = pytest.mark.asyncio
 CHAT = "/v1/chat/completions"
@@ -190,7 +191,7 @@ async def test_a_client_that_hangs_up_while_its_models_app_waits_for_an_engine_i
         return None
 
     dispatcher = Dispatcher(resolve, ["a"], [CHAT], {}, max_body_bytes=100)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT_S):
         assert (await ask(dispatcher, body=b"{}", hangs_up=True))[0] == 0
     assert cancelled == ["a"]
 

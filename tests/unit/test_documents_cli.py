@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,6 @@ from deployments.cli import main
 from deployments.config import DocumentsConfig
 from deployments.documents_cli import Bar
 from deployments.retrieval.api import documents_app
-from tests.e2e.serving import free_port
 from tests.unit.house import House, house
 from tests.unit.test_documents_api import Reading
 
@@ -34,12 +34,10 @@ async def made(tmp_path: Path) -> AsyncIterator[House]:
 async def url(made: House, tmp_path: Path) -> AsyncIterator[str]:
     config = DocumentsConfig(uri=str(tmp_path / "store"))
     app: Any = documents_app(made.ingestion, Reading(made), config, max_body_bytes=100_000)
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     server.should_exit = True
     await serving
 

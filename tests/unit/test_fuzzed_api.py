@@ -45,7 +45,7 @@ from deployments.seam.frontend import MOUNTED, token_counter
 from tests.unit.house import house
 from tests.unit.scripted_fleet import ScriptedFleet, StubReservation, scripted_app
 
-LIMIT_S = 30
+LIMIT_S = 120
 EXAMPLES = 12
 """For each operation and way of asking; all of it takes about a minute."""
 KEY = "gs-fuzz-0123456789"

@@ -19,6 +19,7 @@ pytest.importorskip("vllm")
 
 from deployments.dispatch import App, Dispatcher, Message, Scope
 from deployments.seam.engine_client import FleetClient
+from tests.unit.recording import LIMIT_S
 from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
 
 pytestmark = pytest.mark.asyncio
@@ -104,7 +105,7 @@ async def test_a_client_that_hangs_up_leaves_nothing_running(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     house.ask(path, {**body, "stream": stream})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT_S):
         while len(house.fleet.flights) < flights:
             await house.fleet.started.wait()
             house.fleet.started.clear()
@@ -129,7 +130,7 @@ async def test_a_request_cancelled_while_its_prompt_is_rendered_never_starts(
 
     monkeypatch.setattr(FleetClient, "_process", slowly)
     house.ask(CHAT, {"messages": MESSAGES})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT_S):
         await reached.wait()
         await house.hang_up(cancelled=True)
         go_on.set()

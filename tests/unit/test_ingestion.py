@@ -466,17 +466,27 @@ async def test_each_stage_is_timed_in_metrics_and_in_the_log(tmp_path: Path, cap
 
 
 INDEXER = """
-import asyncio, sys
+import asyncio, os, signal, sys, threading
 from pathlib import Path
+from deployments.retrieval.tables import MEMBERS
 from tests.unit.house import house
 
 async def main():
-    async with house(Path(sys.argv[1])):
-        print("up", flush=True)
+    async with house(Path(sys.argv[1]), start=False) as made:
+        put = made.writer.put
+
+        async def put_and_be_killed_soon(table, records):
+            await put(table, records)
+            if table is MEMBERS and any(record.status == "completed" for record in records):
+                threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+        made.writer.put = put_and_be_killed_soon
+        await made.ingestion.start()
         await asyncio.sleep(3600)
 
 asyncio.run(main())
 """
+"""An Indexer that is killed, from within, some seconds after it has first completed files."""
 
 
 async def test_after_kill_9_halfway_work_goes_on_and_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
@@ -486,22 +496,16 @@ async def test_after_kill_9_halfway_work_goes_on_and_nothing_is_lost_or_doubled(
         store = await made.ingestion.create_store(None)
         attachments = [Attachment(f, {}, Chunking(100, 0)) for f in files]
         batch = await made.ingestion.attach_batch(None, store.id, attachments)
-        for _ in range(2):
+        done = 0
+        for seconds in ("0.02", "0.005"):
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                INDEXER,
-                str(tmp_path),
-                stdout=asyncio.subprocess.PIPE,
-                cwd=Path(__file__).parents[2],
+                sys.executable, "-c", INDEXER, str(tmp_path), seconds, cwd=Path(__file__).parents[2]
             )
-            done = (await made.catalog.store(None, store.id))[1].completed
-            async with asyncio.timeout(120):
-                while (await made.catalog.store(None, store.id))[1].completed <= done:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            await process.wait()
-            assert (await made.catalog.store(None, store.id))[1].in_progress > 0
+            assert await asyncio.wait_for(process.wait(), 120) == -signal.SIGKILL
+            counts = (await made.catalog.store(None, store.id))[1]
+            assert counts.completed > done
+            assert counts.in_progress > 0
+            done = counts.completed
     async with house(tmp_path) as made:
         members = await made.indexed(store.id)
         assert Counter(m.status for m in members) == {"completed": n}

@@ -13,6 +13,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID
 from deployments.fleet.client import Ticket
 from deployments.fleet.placement import Ledger
 from deployments.fleet.request_router import FleetRequestRouter
+from tests.unit.recording import LIMIT_S
 
 DEPLOYMENT = DeploymentID(name="Engine", app_name="app")
 ROOM = 2
@@ -62,7 +63,7 @@ async def choose(router: FleetRequestRouter, order: tuple[int, float] = (0, 0.0)
     ledger = Ledger(rng=random.Random(0))
     ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), order)
     pending = PendingRequest([ticket], {}, RequestMetadata(request_id="r", internal_request_id="i"))
-    replica = await asyncio.wait_for(router._choose_replica_for_request(pending), 10)
+    replica = await asyncio.wait_for(router._choose_replica_for_request(pending), LIMIT_S)
     return replica.replica_id.unique_id
 
 

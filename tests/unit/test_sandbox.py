@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from deployments.metrics import NoMetrics
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.records import Chunk, Chunking
 from deployments.retrieval.sandbox import Sandbox
+from tests.unit.recording import Leaps
 
 pytestmark = pytest.mark.asyncio
 
@@ -90,15 +90,15 @@ async def test_a_reader_that_stops_early_leaves_no_child_busy(sandbox: Sandbox, 
     assert [c.text for c in await collect(sandbox, tmp_path, "fine")] == ["fine"]
 
 
-async def test_a_slow_reader_does_not_count_as_a_slow_parser(tmp_path: Path) -> None:
-    sandbox = make(timeout_s=2.0)
+async def test_a_slow_reader_does_not_count_as_a_slow_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox, leaps = make(timeout_s=60), Leaps(monkeypatch)
     file = tmp_path / "long.txt"
     file.write_text("Some words in a line.\n" * 30_000)
     n = 0
     async for batch in sandbox.chunks(file, "a.txt", Chunking(100, 50)):
         n += len(batch)
         if n < 200:
-            await asyncio.sleep(1.0)  # twice: longer than the limit, and no part of it
+            await leaps.over(50)  # twice: longer than the limit, and no part of it
     assert n > 1000
     await sandbox.close()
 

@@ -147,18 +147,23 @@ async def test_a_store_deleted_while_it_is_searched_is_404_and_the_others_answer
         kept, _ = await made.store_of("a zebra")
         gone, _ = await made.store_of("a zebra")
 
+        begun, deleted = asyncio.Event(), False
+
         async def ask(store: str) -> list[str]:
-            outcomes = []
-            for _ in range(40):
+            outcomes, last = [], False
+            while not last:
+                last = deleted
                 try:
                     outcomes.append(str(len(await made.searcher.search(None, [store], ["zebra"]))))
                 except NotFound:
                     outcomes.append("404")
+                begun.set()
             return outcomes
 
         asking = [asyncio.create_task(ask(store)) for store in (kept, gone, gone)]
-        await asyncio.sleep(0.02)
+        await begun.wait()
         await made.ingestion.delete_store(None, gone)
+        deleted = True
         of_kept, *of_gone = await asyncio.gather(*asking)
         assert set(of_kept) == {"1"}
         for outcomes in of_gone:
@@ -167,20 +172,19 @@ async def test_a_store_deleted_while_it_is_searched_is_404_and_the_others_answer
 
 
 async def test_a_late_or_absent_embedding_model_is_a_clear_503(tmp_path: Path) -> None:
-    async with house(tmp_path, embed=stub_embed, search_timeout_s=0.5) as made:
+    async def late_stub_embed(texts: Any) -> Any:
+        await asyncio.Event().wait()
+
+    async def absent_stub_embed(texts: Any) -> Any:
+        raise EngineUnavailable("The embedding model has no engine.")
+
+    async with house(tmp_path, embed=stub_embed) as made:
         store, _ = await made.store_of(*TEXTS)
-
-        async def late_stub_embed(texts: Any) -> Any:
-            await asyncio.sleep(60)
-
-        async def absent_stub_embed(texts: Any) -> Any:
-            raise EngineUnavailable("The embedding model has no engine.")
-
-        made.searcher._embed = late_stub_embed
-        with pytest.raises(DocumentsUnavailable, match=r"longer than 0\.5 s"):
-            await made.searcher.search(None, [store], ["car"])
         made.searcher._embed = absent_stub_embed
         with pytest.raises(EngineUnavailable):
+            await made.searcher.search(None, [store], ["car"])
+    async with house(tmp_path, embed=late_stub_embed, search_timeout_s=0.5) as made:
+        with pytest.raises(DocumentsUnavailable, match=r"longer than 0\.5 s"):
             await made.searcher.search(None, [store], ["car"])
 
 

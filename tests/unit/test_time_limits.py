@@ -15,9 +15,9 @@ from deployments import request_scope
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
 from deployments.errors import BadRequest, RequestTimeout
 from deployments.time_limits import HEADER, deadline
+from tests.unit.recording import LIMIT_S, Leaps
 
 pytestmark = pytest.mark.asyncio
-LIMIT_S = 10.0
 PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
@@ -50,6 +50,7 @@ async def ask(
     headers: list[tuple[bytes, bytes]] | None = None,
     send: Callable[[Message], Awaitable[None]] | None = None,
     counted: list[tuple[str, int]] | None = None,
+    limit_s: float = LIMIT_S,
     **limits: Any,
 ) -> tuple[int, dict[str, str], bytes]:
     async def resolve(name: str) -> App | None:
@@ -71,7 +72,7 @@ async def ask(
         sent.append(message)
 
     scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers or []}
-    async with asyncio.timeout(LIMIT_S):
+    async with asyncio.timeout(limit_s):
         await dispatcher(scope, receive, send or collect)
     if not sent:
         return 0, {}, b""
@@ -171,15 +172,16 @@ async def test_a_client_that_does_not_read_its_socket_is_cut_off() -> None:
     assert (app.ended, counted) == ("cancelled", [(PATHS[0], 499)])
 
 
-async def test_a_slow_client_that_reads_is_not_cut_off() -> None:
+async def test_a_slow_client_that_reads_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaps = Leaps(monkeypatch)
     body = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True}
     app = StubApp({"type": "http.response.start", "status": 200, "headers": SSE}, *[body] * 12, ends=True)
 
     async def send(message: Message) -> None:
-        await asyncio.sleep(0.2)  # all of it takes longer than the bound, and each far less
+        await leaps.over(200)  # all of it takes longer than the bound, and each less
 
     counted: list[tuple[str, int]] = []
-    await ask(app, send=send, counted=counted, max_unread_s=2)
+    await ask(app, send=send, counted=counted, limit_s=10_000, max_unread_s=300)
     assert counted == [(PATHS[0], 200)]
 
 

@@ -104,7 +104,7 @@ class Visit:
         self.page, self.url = page, url
         self.problems: list[str] = []
         self.ran: list[str] = []
-        page.set_default_timeout(8_000)
+        page.set_default_timeout(30_000)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("console", self._console)
         page.on("dialog", self._dialog)

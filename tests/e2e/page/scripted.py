@@ -87,10 +87,8 @@ class Scripted:
     def __init__(self, folder: Path) -> None:
         self._folder, self._started = folder, threading.Event()
         self.fleet_view = READY
-        with socket.socket() as bound:
-            bound.bind(("127.0.0.1", 0))
-            self._port = bound.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}"
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
 
     def need_key(self, needed: bool) -> None:
         self.gate._keys = Keys([KeyEntry(name="ann", sha256=hash_of(KEY))]) if needed else None
@@ -102,6 +100,7 @@ class Scripted:
         fleet = self.fleet
         fleet.answers, fleet.step, fleet.pause_s = ["An answer."], 1, 0.0
         fleet.hangs = fleet.full = False
+        fleet.retry_after_s = 7.0
         fleet.fails_after = fleet.cut_after = None
         fleet.prompts.clear()
         fleet.flights.clear()
@@ -133,7 +132,7 @@ class Scripted:
         async with house(self._folder / "documents") as made:
             reading, documents = _Reading(made), DocumentsConfig(uri=str(self._folder / "documents"))
             limits = Limits("tiny", client.let_in, token_counter(client), 2048)
-            grounded = GroundedApp(app, limits, reading, GroundingConfig(), metrics=NoMetrics())  # type: ignore[arg-type]
+            grounded = GroundedApp(app, limits, reading, GroundingConfig(search_timeout_s=30), metrics=NoMetrics())  # type: ignore[arg-type]
             stores = documents_app(
                 made.ingestion,  # type: ignore[arg-type]
                 reading,  # type: ignore[arg-type]
@@ -160,10 +159,8 @@ class Scripted:
                 metrics=NoMetrics(),
                 open_pages=page.paths,
             )
-            self._server = uvicorn.Server(
-                uvicorn.Config(self.gate, port=self._port, log_level="warning", timeout_graceful_shutdown=1)
-            )
-            serving = asyncio.create_task(self._server.serve())
+            self._server = uvicorn.Server(uvicorn.Config(self.gate, log_level="warning", timeout_graceful_shutdown=1))
+            serving = asyncio.create_task(self._server.serve(sockets=[self._listening]))
             while not self._server.started and not serving.done():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             self._started.set()

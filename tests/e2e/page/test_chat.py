@@ -58,7 +58,7 @@ def choose(visit: Visit, name: str) -> None:
 
 def test_an_answer_streams_in_and_grows(scripted_server: Scripted, visit: Open) -> None:
     scripted_server.fleet.answers = [" ".join(f"word{i}" for i in range(40))]
-    scripted_server.fleet.pause_s = 0.01
+    scripted_server.fleet.pause_s = 0.05  # some seconds in all, whatever else the machine does
     tab = visit(scripted_server.url)
     tab.open()
     answer = tab.ask("Say many words")
@@ -157,10 +157,35 @@ def test_stop_hangs_up_and_keeps_what_had_arrived(scripted_server: Scripted, vis
     tab.page.get_by_role("button", name="Stop").click()
     tab.until(answer, "stopped")
     assert answer.locator(".text").inner_text() == "The"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not scripted_server.fleet.flights[-1].closed.is_set():
         assert time.monotonic() < deadline, "the request still holds its engine"
         time.sleep(0.02)
+
+
+def test_an_engine_that_is_lost_in_mid_answer_does_not_break_it(scripted_server: Scripted, visit: Open) -> None:
+    fleet = scripted_server.fleet
+    fleet.answers, fleet.pause_s, fleet.cut_after, fleet.recovered = ["one two three four five six"], 0.05, 4, []
+    tab = visit(scripted_server.url)
+    tab.open()
+    answer = tab.ask("Count")
+    tab.until(answer, "done")
+    assert fleet.recovered == ["continued"], "it goes on elsewhere"
+    assert answer.locator(".text").inner_text() == "one two three four five six"
+    assert answer.locator(".notice").is_hidden()
+
+
+def test_the_model_that_is_chosen_is_asked(scripted_server: Scripted, visit: Open) -> None:
+    cards = [{"id": name, "object": "model", "created": 0, "owned_by": "vllm"} for name in ("tiny", "other")]
+    tab = visit(scripted_server.url)
+    tab.page.route("**/v1/models*", lambda route: route.fulfill(json={"object": "list", "data": cards}))
+    tab.open()
+    for name in ("other", "tiny"):
+        tab.page.locator("#model").select_option(name)
+        with tab.page.expect_request("**/v1/chat/completions") as sent:
+            answer = tab.ask("Who are you?")
+        assert sent.value.post_data_json["model"] == name
+        tab.until(answer, "failed" if name == "other" else "done")  # no such model is served here
 
 
 def test_conversations_are_kept_apart_and_can_be_deleted(scripted_server: Scripted, visit: Open) -> None:

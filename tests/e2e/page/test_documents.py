@@ -10,6 +10,7 @@ import requests
 
 from tests.e2e.page.conftest import Visit
 from tests.e2e.page.scripted import Scripted
+from tests.e2e.serving import wait_for
 
 Open = Callable[..., Visit]
 
@@ -100,6 +101,20 @@ def test_an_upload_that_is_refused_says_why_and_one_that_meets_a_busy_server_wai
     assert len(tries) == 2
     row(page, "big.txt").get_by_role("button").click()
     row(page, "big.txt").wait_for(state="detached")
+
+
+def test_a_file_shows_how_far_it_is(scripted_server: Scripted, visit: Open, tides: Path) -> None:
+    tab = visit(scripted_server.url)
+    page = make(tab, "slow")
+    held: list[Any] = []
+    page.route("**/v1/files", lambda route: held.append(route))
+    page.set_input_files("#drop input", str(tides))
+    row(page, "tides.md").locator(".badge", has_text="uploading").wait_for()
+    assert row(page, "tides.md").get_by_role("progressbar").is_visible()
+    wait_for(lambda: page.evaluate("1") == 1 and len(held) == 1, "the upload is sent")
+    held[0].continue_()
+    row(page, "tides.md").locator(".badge", has_text="ready").wait_for()
+    assert row(page, "tides.md").get_by_role("progressbar").count() == 0
 
 
 def test_files_and_stores_can_be_deleted(scripted_server: Scripted, visit: Open, tides: Path) -> None:

@@ -24,11 +24,14 @@ def answers(served: Served) -> bool:
 
 
 def test_vllms_processes_do_not_outlive_killed_replicas_and_a_waiting_request_is_served(served: Served) -> None:
+    def all_there() -> bool:
+        return all(len(of(served.run_id)) == 2 for of in (engines, cores, workers))
+
+    wait_for(all_there, "two engines, each with a core and a worker", REPLACED_WITHIN_S)
     replicas, vllm = engines(served.run_id), [*cores(served.run_id), *workers(served.run_id)]
-    assert (len(replicas), len(vllm)) == (2, 4)
     for replica in replicas:
         replica.kill()
-    wait_for(lambda: not any(map(is_alive, vllm)), "EngineCores and Workers are gone", 10)
+    wait_for(lambda: not any(map(is_alive, vllm)), "EngineCores and Workers are gone", 60)
     assert answers(served)
 
 
@@ -38,5 +41,5 @@ def test_a_replica_whose_engine_core_died_is_replaced(served: Served) -> None:
     replica = core.parent()
     assert replica is not None
     core.kill()
-    wait_for(lambda: not is_alive(replica), "the replica has left", 20)
+    wait_for(lambda: not is_alive(replica), "the replica has left", 60)
     assert answers(served)

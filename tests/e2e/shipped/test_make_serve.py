@@ -6,22 +6,32 @@ Set GROUNDSWELL_TEST_CONFIG to serve another config file.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import shlex
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import psutil
 import pytest
 
 from tests.e2e.serving import CONFIG, ROOT, STOP_LIMIT_S, Served, command, offline_environment
+
+T = TypeVar("T")
+
+
+def of_each(served: Served, look: Callable[[psutil.Process], T]) -> Iterator[T]:
+    """Yield what is seen of each process of the run, but for those that end meanwhile: Ray ends idle ones."""
+    for process in served.members():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield look(process)
 
 
 def test_says_where_it_is_and_the_request_it_prints_works(served: Served) -> None:
@@ -47,9 +57,13 @@ def test_metrics_can_be_scraped(served: Served) -> None:
 
 def test_routers_and_engines_are_not_put_behind_everything_else_on_the_machine(served: Served) -> None:
     names = ("ray::ServeReplica:", "VLLM::")
-    niceness = {p.name(): p.nice() for p in served.members() if " ".join(p.cmdline()[:1]).startswith(names)}
+    niceness = {nice for name, nice in of_each(served, lambda p: (title(p), p.nice())) if name.startswith(names)}
     assert niceness, "no replica was found"
-    assert set(niceness.values()) == {psutil.Process().nice()}
+    assert niceness == {psutil.Process().nice()}
+
+
+def title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline()[:1]) or process.name()
 
 
 @dataclass(frozen=True)
@@ -93,13 +107,12 @@ OPEN_SOCKETS = (
 
 
 def listeners(served: Served) -> list[Listener]:
-    found = []
-    for process in [*served.members(), psutil.Process(served.process.pid)]:
-        name = " ".join(process.cmdline()[:1]) or process.name()
-        for connection in process.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.append(Listener(name, connection.laddr.ip, connection.laddr.port))
-    return found
+    def of(process: psutil.Process) -> list[Listener]:
+        listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        return [Listener(title(process), address.ip, address.port) for address in listening]
+
+    own = of(psutil.Process(served.process.pid))
+    return [*own, *(listener for each in of_each(served, of) for listener in each)]
 
 
 def test_every_socket_listens_on_loopback_or_is_excepted_by_name(served: Served) -> None:
@@ -143,9 +156,9 @@ def test_the_token_is_neither_printed_nor_passed_as_an_argument(served: Served) 
     assert path.stat().st_mode & 0o077 == 0
     assert path.parent.stat().st_mode & 0o077 == 0
     assert token not in served.output
-    for process in served.members():
-        assert token not in " ".join(process.cmdline())
-        assert token not in process.environ().values()
+    for arguments, environment in of_each(served, lambda p: (p.cmdline(), p.environ())):
+        assert token not in " ".join(arguments)
+        assert token not in environment.values()
 
 
 @pytest.mark.parametrize(
@@ -196,10 +209,8 @@ def test_ctrl_c_leaves_nothing_behind(served: Served) -> None:
     folder = Path(served.members()[0].environ()["RAY_AUTH_TOKEN_PATH"]).parent
     everybody = served.members()
     assert len(everybody) > 5
-    begin = time.monotonic()
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(STOP_LIMIT_S) == 0
-    assert time.monotonic() - begin < STOP_LIMIT_S
     assert served.members() == []
     assert [process for process in everybody if is_alive(process)] == []
     assert not folder.exists()
