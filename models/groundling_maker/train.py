@@ -49,10 +49,11 @@ DRILL_QUESTIONS, DRILL_TOKENS = (6, 12), 2
 MUON_LR = 0.02
 ADAM_LR = 6e-3
 WARMUP_STEPS = 40
-DECAY_STEPS = 300
+DECAY_STEPS = 2200
 OTHER_WEIGHT = 0.03  # of tokens nobody has to say, against 1 for answers
-FIRST_WEIGHT = 4.0  # of an answer's first token: where it is decided which sentence to quote, or none
-POINTER_WEIGHT = 0.3  # of where the told heads look, each layer
+DECISION_WEIGHT = 4.0  # of the first tokens of an answer and of the id in it: which sentence, if any, and whose
+# Of where the told heads look. Votes matter at the beginning; later, there are other good ways to count them.
+POINTER_WEIGHTS = {START_LAYER: 0.3, MATCH_LAYER: 0.3, VOTE_LAYER: 0.05, QUOTE_LAYER: 0.3}
 POINTED = ("start_missed", "match_missed", "vote_missed", "quote_missed")
 ANSWER_ID_AFTER = 2  # tokens between a quoted sentence and its passage's id: a space and a bracket
 OTHER_SHARE = 0.3  # of those, how many are looked at
@@ -94,6 +95,7 @@ class Batch:
     ids: Tensor
     positions: Tensor
     answers: Tensor
+    decisions: Tensor
     pointers: dict[int, Pointers]
 
 
@@ -194,23 +196,29 @@ def collate(examples: list[Example], rng: random.Random | None = None) -> Batch:
     length = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), length), tokens.PAD_ID)
     answers = torch.zeros((len(examples), length), dtype=torch.long)
+    decisions = torch.zeros((len(examples), length), dtype=torch.bool)
     positions = torch.arange(length).repeat(len(examples), 1)
     answer = 0
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         before = False
         for i, said in enumerate(example.said):
+            decisions[row, i] = said and not before
             answer += said and not before
             before = said
             if said:
                 answers[row, i] = answer
+        for quoted in example.quoted:
+            place = quoted.answer.start + len(quoted.sentence) + ANSWER_ID_AFTER
+            if place in quoted.answer and quoted.passage_id:
+                decisions[row, place + 1] = True
         if rng is not None and rng.random() < 0.5:
             places = [i for i, token in enumerate(example.ids) if token in (tokens.PASSAGE_ID, tokens.USER_ID)]
             room = rng.uniform(0, 4096 - length)
             cuts = sorted(rng.uniform(0, room) for _ in places)
             for place, before_, after in zip(places, [0.0, *cuts], cuts, strict=False):
                 positions[row, place:] += int(after - before_)
-    return Batch(ids, positions, answers, _pointers(examples))
+    return Batch(ids, positions, answers, decisions, _pointers(examples))
 
 
 def copying(rng: random.Random, vocabulary: int) -> list[Example]:
@@ -239,7 +247,7 @@ def pool(writer: Writer, tokenizer: Any, level: int, decaying: bool, rng: random
             chosen = LEVELS[level if rng.random() < 0.7 else rng.randint(0, level)]
             if decaying:
                 chosen = replace(chosen, nonsense=0.0)
-            drill = rng.random() < (0.1 if decaying else DRILL_SHARE)
+            drill = rng.random() < (DRILL_SHARE / 2 if decaying else DRILL_SHARE)
             conversation = writer.write(replace(chosen, questions=DRILL_QUESTIONS) if drill else chosen)
         example = encode(tokenizer, conversation, drill=drill)
         if len(example.ids) <= longest:
@@ -336,10 +344,10 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.network.logits(hidden[looked_at])
         losses = F.cross_entropy(logits.float(), targets[looked_at], reduction="none")
-        first = said & (batch.answers[:, 1:] != batch.answers[:, :-1])
         weights = torch.where(said[looked_at], 1.0, OTHER_WEIGHT / OTHER_SHARE)
-        weights = torch.where(first[looked_at], FIRST_WEIGHT, weights)
-        loss = (losses * weights).sum() / weights.sum() + POINTER_WEIGHT * sum(missed)
+        weights = torch.where(batch.decisions[:, 1:][looked_at], DECISION_WEIGHT, weights)
+        loss = (losses * weights).sum() / weights.sum()
+        loss += sum(POINTER_WEIGHTS[layer] * each for layer, each in zip(sorted(batch.pointers), missed, strict=True))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
