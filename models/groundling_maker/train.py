@@ -44,6 +44,8 @@ BATCH_TOKENS = 2560  # of each process
 POOL_BATCHES = 16
 COPY_STEPS = (15, 80)  # nothing but copying until the first, little after the second
 COPY_SHARE = 0.05  # of the steps after that
+# At the end: tokens that no conversation here says are all but forgotten by then.
+LAST_STEPS, LAST_COPY_SHARE = 200, 0.3
 DRILL_SHARE = 0.5  # of the conversations: many questions, of whose answers only the beginning is said
 DRILL_QUESTIONS, DRILL_TOKENS = (6, 12), 2
 MUON_LR = 0.02
@@ -325,9 +327,9 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         start, end = COPY_STEPS
-        copied = random.Random(f"{SEED} {self.step}").random() < max(
-            COPY_SHARE, 1 - (self.step - start) / (end - start)
-        )
+        is_last = self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS - LAST_STEPS
+        share = max(LAST_COPY_SHARE if is_last else COPY_SHARE, 1 - (self.step - start) / (end - start))
+        copied = random.Random(f"{SEED} {self.step}").random() < share
         rng = random.Random(f"{SEED} {self.step} {self.rank}")
         if copied:
             batch = collate(copying(rng, self.network.shape.vocab_size), rng)
