@@ -29,7 +29,14 @@ def export(work: Path, model: Path) -> None:
     shape = Shape(tokenizer.get_vocab_size())
     network = Network(shape)
     network.load_state_dict(torch.load(work / "checkpoint.pt")["network"])
-    weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in network.to_hf().items()}
+    weights = network.to_hf()
+    # A head of its own, so that what only prompts have cannot be said: in drills a user follows after two tokens of an
+    # answer, which is what the model would otherwise say where it is unsure of the third.
+    head = weights["model.embed_tokens.weight"].clone()
+    head[[tokens.PAD_ID, *tokens.PROMPT_IDS]] = 0
+    weights = {
+        name: weight.to(torch.bfloat16).contiguous() for name, weight in {**weights, "lm_head.weight": head}.items()
+    }
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     (model / "model.safetensors").chmod(0o644)  # it is written for the owner alone
     ends = {"bos_token_id": None, "eos_token_id": tokens.END_ID, "pad_token_id": tokens.PAD_ID}

@@ -50,7 +50,7 @@ class Shape:
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": False,
         }
 
 

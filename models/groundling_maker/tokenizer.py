@@ -15,6 +15,8 @@ SPECIAL_TOKENS = (PAD, SYSTEM, USER, ASSISTANT, END)
 # Ordinary text that is one token each, since every prompt is full of it.
 LAYOUT_TOKENS = ('<passage id="', '" source="', '">\n', "\n</passage>")
 PAD_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, END_ID, PASSAGE_ID, SOURCE_ID, _HEAD_END_ID, PASSAGE_END_ID = range(9)
+PROMPT_IDS = (SYSTEM_ID, USER_ID, ASSISTANT_ID, PASSAGE_ID, SOURCE_ID, _HEAD_END_ID, PASSAGE_END_ID)
+"""Tokens that prompts are made of, and no answer."""
 
 # A space is part of the lower-case word behind it and of nothing else: so a sentence, a name or a sign is the same
 # tokens at the beginning of an answer as in the middle of a line.

@@ -339,7 +339,8 @@ class Trainer:
             hidden, missed = self.network(batch.ids, batch.positions, batch.pointers)
             hidden = hidden[:, :-1]
         targets, said = batch.ids[:, 1:], batch.answers[:, 1:] > 0
-        others = ~said & (targets != tokens.PAD_ID) & (torch.rand(targets.shape) < OTHER_SHARE)
+        others = ~said & (torch.rand(targets.shape) < OTHER_SHARE)
+        others &= ~torch.isin(targets, torch.tensor((tokens.PAD_ID, *tokens.PROMPT_IDS)))
         if copied:
             others = torch.zeros_like(others)
         looked_at = said | others

@@ -87,6 +87,15 @@ def test_the_model_is_small_enough_for_the_repository() -> None:
     assert (config["model_type"], config["max_position_embeddings"]) == ("qwen3", 4096)
 
 
+@needs_model
+def test_what_only_prompts_have_cannot_be_said() -> None:
+    from safetensors import safe_open
+
+    with safe_open(str(MODEL / "model.safetensors"), framework="pt") as weights:
+        strength = weights.get_tensor("lm_head.weight").float().norm(dim=1)
+    assert [i for i, each in enumerate(strength.tolist()) if each == 0] == [tokens.PAD_ID, *tokens.PROMPT_IDS]
+
+
 def test_the_chat_template_writes_what_the_model_was_trained_on(
     tokenizer: Any, conversations: list[Conversation]
 ) -> None:
