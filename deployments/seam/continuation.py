@@ -38,9 +38,7 @@ def why_no_request(vllm_config: Any) -> str | None:
         return "custom logits processors"
     if model.is_diffusion:
         return "a diffusion model"
-    if (
-        vllm_config.aux_output_config.enable_return_routed_experts
-    ):  # a second engine would return those of the first part again
+    if vllm_config.aux_output_config.enable_return_routed_experts:  # another engine returns the first part's again
         return "routed experts returned"
     return None
 

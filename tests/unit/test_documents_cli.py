@@ -6,9 +6,8 @@ import asyncio
 import io
 import json
 import socket
-import threading
 from collections.abc import AsyncIterator, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from deployments.config import DocumentsConfig
 from deployments.documents_cli import Bar
 from deployments.retrieval.api import documents_app
 from tests.unit.house import House, house
+from tests.unit.recording import http_server
 from tests.unit.test_documents_api import Reading
 
 
@@ -152,11 +152,8 @@ class StubResponses(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def responses() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StubResponses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with http_server(StubResponses) as url:
+        yield url
 
 
 def test_ask_streams_the_answer_and_lists_its_sources(responses: str, capsys: pytest.CaptureFixture[str]) -> None:

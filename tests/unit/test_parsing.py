@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +13,7 @@ import pytest
 
 from deployments.retrieval.parsing import Unreadable, html_text, text_of
 from tests.unit.documents import docx, pdf, zip_bomb
+from tests.unit.recording import http_server
 
 
 def read(path: Path, data: bytes, name: str, max_chars: int = 100_000) -> str:
@@ -153,11 +153,8 @@ class Fetched(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def elsewhere() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Fetched)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with http_server(Fetched) as url:
+        yield url
     Fetched.paths.clear()
 
 

@@ -614,6 +614,7 @@ function passage(result) {
 /** The passages an answer cites, numbered in the order it cites them. Without a place among the results, by file. */
 export function sourcesOf(message) {
   const sources = [];
+  if (!message.citations.length) return sources;
   const points = [...message.content];
   for (const citation of message.citations) {
     if (sources.some((source) => source.has(citation))) continue;
