@@ -42,6 +42,7 @@ SEED = 7
 PROCESSES = 2  # of one thread each: on busy cores, threads would wait for each other at every operation
 BATCH_TOKENS = 2560  # of each process
 POOL_BATCHES = 16
+DECAY_BATCHES = 2  # of each process and step while the learning rate decays
 COPY_STEPS = (15, 80)  # nothing but copying until the first, little after the second
 COPY_SHARE = 0.05  # of the steps after that
 # At the end: tokens that no conversation here says are all but forgotten by then.
@@ -327,14 +328,42 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         start, end = COPY_STEPS
+        is_decaying = self.decay_start is not None
         is_last = self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS - LAST_STEPS
         share = max(LAST_COPY_SHARE if is_last else COPY_SHARE, 1 - (self.step - start) / (end - start))
         copied = random.Random(f"{SEED} {self.step}").random() < share
         rng = random.Random(f"{SEED} {self.step} {self.rank}")
-        if copied:
-            batch = collate(copying(rng, self.network.shape.vocab_size), rng)
-        else:
-            batch = collate(self._next_examples(), rng)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        count = DECAY_BATCHES if is_decaying else 1
+        learned = [self._learn(copied, count, rng) for _ in range(count)]
+        means = [sum(each) / count for each in zip(*learned, strict=True)]
+        *means, stop = self._share_gradients([*means, float(self._time_is_up())])
+
+        scale = self._learning_rate_scale()
+        for optimizer, rate in zip(self.optimizers, (MUON_LR, ADAM_LR), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            optimizer.step()
+        *pointed, answer_loss, exact, size = means
+        self.step += 1
+        self.tokens += int(size * count * PROCESSES)
+        if not copied:
+            self.recent += 0.03 * (exact - self.recent)
+        if stop and self.decay_start is None:
+            self.decay_start = self.step
+            self.batches = iter(())
+        figures = {"copy": float(copied), "answer_loss": answer_loss, "exact": exact}
+        return figures if copied else figures | dict(zip(POINTED, pointed, strict=True))
+
+    def _learn(self, copied: bool, count: int, rng: random.Random) -> list[float]:
+        """Add the gradients of one of a step's `count` batches.
+
+        Returns:
+            How far each told layer missed, the loss of answers, the share of them exactly right, and tokens seen.
+        """
+        examples = copying(rng, self.network.shape.vocab_size) if copied else self._next_examples()
+        batch = collate(examples, rng)
         with torch.autocast("cpu", torch.bfloat16):
             hidden, missed = self.network(batch.ids, batch.positions, batch.pointers)
             hidden = hidden[:, :-1]
@@ -351,34 +380,13 @@ class Trainer:
         weights = torch.where(batch.decisions[:, 1:][looked_at], DECISION_WEIGHT, weights)
         loss = (losses * weights).sum() / weights.sum()
         loss += sum(POINTER_WEIGHTS[layer] * each for layer, each in zip(sorted(batch.pointers), missed, strict=True))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        loss.backward()
+        (loss / count).backward()
         of_answers = said[looked_at]
         hits = logits.argmax(-1) == targets[looked_at]
         numbers = batch.answers[:, 1:][said]
         exact = 1 - len(torch.unique(numbers[~hits[of_answers]])) / int(batch.answers.max())
-        answer_loss = float(losses.detach()[of_answers].mean())
-        size = float((batch.ids != tokens.PAD_ID).sum())
         pointed = [*(float(each.detach()) for each in missed), 0.0, 0.0, 0.0, 0.0][:4]
-        *pointed, answer_loss, exact, size, stop = self._share_gradients(
-            [*pointed, answer_loss, exact, size, float(self._time_is_up())]
-        )
-
-        scale = self._learning_rate_scale()
-        for optimizer, rate in zip(self.optimizers, (MUON_LR, ADAM_LR), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * scale
-            optimizer.step()
-        self.step += 1
-        self.tokens += int(size * PROCESSES)
-        if not copied:
-            self.recent += 0.03 * (exact - self.recent)
-        if stop and self.decay_start is None:
-            self.decay_start = self.step
-            self.batches = iter(())
-        figures = {"copy": float(copied), "answer_loss": answer_loss, "exact": exact}
-        return figures if copied else figures | dict(zip(POINTED, pointed, strict=True))
+        return [*pointed, float(losses.detach()[of_answers].mean()), exact, float((batch.ids != tokens.PAD_ID).sum())]
 
     def _share_gradients(self, figures: list[float]) -> list[float]:
         """Replace gradients, and the figures given, by their mean over the processes."""
