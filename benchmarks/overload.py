@@ -29,9 +29,10 @@ from typing import Any, Final
 
 import aiohttp
 import psutil
+import uvloop
 
 from benchmarks import console
-from benchmarks.client import WORDS
+from benchmarks.client import WORDS, go_first
 from benchmarks.memory import NoRouter, routers
 from benchmarks.servers import MODEL_NAME, ROOT, EngineSettings, Groundswell, ServerError, has_cuda_build, make_model
 from benchmarks.servers import settings as engine_settings
@@ -434,7 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
     measured = Measured()
     try:
         if given.url:
-            asyncio.run(measure(options, console.say, measured, rss=routers_rss(options.url)))
+            _run(options, measured)
         else:
             _started(options, given.max_queue_wait, measured)
     except ServerError as problem:
@@ -459,10 +460,14 @@ def _started(options: Options, max_queue_wait_s: float, measured: Measured) -> N
         try:
             server.start()
             console.say(f"ready after {server.startup_s:.0f} s")
-            here = replace(options, url=server.url, model=MODEL_NAME)
-            asyncio.run(measure(here, console.say, measured, rss=routers_rss(server.url)))
+            _run(replace(options, url=server.url, model=MODEL_NAME), measured)
         finally:
             server.stop()
+
+
+def _run(options: Options, measured: Measured) -> None:
+    go_first()
+    uvloop.run(measure(options, console.say, measured, rss=routers_rss(options.url)))
 
 
 def routers_rss(url: str) -> Callable[[], int | None]:

@@ -62,7 +62,7 @@ def reproducible(request: EngineCoreRequest) -> bool:
 
 
 def end_of(request: EngineCoreRequest, tokens: Sequence[int], max_model_len: int) -> EngineCoreOutput | None:
-    """Return the end that an engine left out, if nothing may follow `tokens`: asked for the rest, another would add more.
+    """Return the end that an engine left out, if nothing may follow `tokens`: for the rest, another would add more.
 
     vLLM's scheduler says the end in the output that brings the last token, so that none of its ends is left out.
     """

@@ -184,6 +184,7 @@ def test_whatever_ends_it_what_was_seen_is_printed(
         seen.phases, seen.sent = measured().phases, measured().sent
         raise stopped
 
+    monkeypatch.setattr(overload, "go_first", lambda: None)
     monkeypatch.setattr(overload, "measure", cut)
     monkeypatch.setattr(overload, "routers_rss", lambda url: lambda: None)
     monkeypatch.setattr(overload.console, "stop_in_order", lambda: None)
