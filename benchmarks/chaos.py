@@ -19,8 +19,7 @@ bits differ, and a tie may fall the other way. Faults are signals to single proc
     prefill   clients hang up while engines read their prompts
     decode    clients hang up while their answers come, streams and plain ones
 
-Places of those who hang up should be free within a second. That is looked at once after `FIRST_LOOK_S`, and from then
-on once a second: the Router makes what it tells no more often.
+Places of those who hang up should be free within a second, and are seen to be up to `SEEN_LATE_S` later.
 
 A fault's row is written when all of it has been seen. Whatever ends the run, the table of what was seen is printed.
 """
@@ -70,7 +69,6 @@ TIE_NATS: Final = 1e-3
 BACK_WITHIN_S: Final = 300.0
 ANSWERED_WITHIN_S: Final = 240.0
 FREE_WITHIN_S: Final = 60.0
-FIRST_LOOK_S: Final = 0.8
 SETTLED_S: Final = 3.0
 """When no further stream has begun for so long, those that have not begun wait for an engine."""
 PREFILL_TOKENS: Final = 256
@@ -80,7 +78,11 @@ METRICS_LAG_S: Final = 30.0
 """Ray's endpoint shows a count within this: it is told every 10 s."""
 LONGEST_METRICS_LAG_S: Final = 45.0
 """On cores that are busy."""
-HEARTBEAT_S: Final = 0.25
+HEARTBEAT_S: Final = 0.1
+VIEW_S: Final = 0.2
+"""How old `/fleet` may be."""
+LOOK_S: Final = 0.1
+SEEN_LATE_S: Final = HEARTBEAT_S + VIEW_S + LOOK_S
 HANG_UPS: Final = ("queued", "prefill", "decode")
 QUICK: Final = (*HANG_UPS, "actor", "core", "worker", "hang", "silence", "router")
 """Every fault once, so that a run that is stopped early has seen each kind."""
@@ -128,8 +130,8 @@ class Row:
             `TIE_NATS`.
         longest_pause_s: The longest time any client that got its answer waited for the next token.
         error_after_s: The longest time until a client was told that its stream is broken.
-        free_after: Seconds of each injection until neither the Router nor an engine held anything for a client that had
-            hung up, as far as `/fleet` shows it: that is made once a second.
+        free_after: Of each injection, seconds until `/fleet` showed that Router and engines held nothing for a client
+            that had hung up: up to `SEEN_LATE_S` more than it took.
         whole_again_s: Until all engines, or the Router, were back.
     """
 
@@ -322,13 +324,13 @@ class House:
         raise NotBack(f"not whole again within {BACK_WITHIN_S:.0f} s")
 
     async def free(self, since: float, left: int = 0) -> float:
-        # The first look shows whether it took a second: for another, later ones would get the first one's answer.
-        await asyncio.sleep(max(0.0, since + FIRST_LOOK_S - time.monotonic()))
+        # What is told before may be from before.
+        await asyncio.sleep(max(0.0, since + HEARTBEAT_S + VIEW_S - time.monotonic()))
         while time.monotonic() - since < FREE_WITHIN_S:
             (model,) = json.loads(await asyncio.to_thread(self._read, "/fleet"))["models"]
             if max(model["running"] + model["waiting"], model["this_router"]["in_flight"]) <= left:
                 return time.monotonic() - since
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(LOOK_S)
         raise NotBack(f"there is still work for clients that hung up {FREE_WITHIN_S:.0f} s ago")
 
     def _engines(self) -> int:
