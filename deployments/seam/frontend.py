@@ -18,7 +18,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.tasks import SupportedTask
 
 from deployments.errors import NotFound, PublicError
-from deployments.seam import short_work
+from deployments.seam import messages_api, short_work
 from deployments.seam.engine_client import FleetClient, PublicHTTPError
 
 _COUNTED_TEXTS: Final = 1024
@@ -90,6 +90,7 @@ async def build_model_app(args: Namespace, client: FleetClient) -> FastAPI:
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in MOUNTED]
+    messages_api.take_over(app)
     # The load is counted by the Router; vLLM's own metrics and scaling middleware guard what is not there.
     app.user_middleware[:] = [m for m in app.user_middleware if _is_kept(m, args)]
     app.add_exception_handler(PublicHTTPError, _public_error)
@@ -107,21 +108,23 @@ def _is_kept(middleware: Any, args: Namespace) -> bool:
 
 async def _public_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, PublicHTTPError)
-    return _response(exc.error)
+    return _response(exc.error, request)
 
 
 async def _opaque(request: Request, exc: Exception) -> JSONResponse:
     """Answer for what nobody foresaw: vLLM would put the exception's own words there. It is raised on, and logged."""
-    return _response(PublicError("The server had an internal error."))
+    return _response(PublicError("The server had an internal error."), request)
 
 
 async def _not_for_this_model(name: str, request: Request, exc: Exception) -> JSONResponse:
     """Answer for a path that some models serve, and this one does not: vLLM mounts what the model can do."""
-    return _response(NotFound(f"The model `{name}` does not serve {request.url.path}.", param="model"))
+    return _response(NotFound(f"The model `{name}` does not serve {request.url.path}.", param="model"), request)
 
 
-def _response(error: PublicError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+def _response(error: PublicError, request: Request) -> JSONResponse:
+    is_anthropics = request.url.path.startswith(messages_api.PATH)
+    body = messages_api.body(error) if is_anthropics else error.body()
+    return JSONResponse(body, status_code=error.status, headers=error.headers())
 
 
 async def list_models(app: FastAPI) -> list[dict[str, Any]]:
