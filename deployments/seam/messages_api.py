@@ -9,7 +9,7 @@ Source: `vllm/entrypoints/anthropic/api_router.py`.
 # No `from __future__ import annotations`: FastAPI looks names up where vLLM's decorators are defined.
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -40,12 +40,10 @@ async def _count(request: AnthropicCountTokensRequest, raw_request: Request) -> 
 async def _answer(work: Awaitable[Any]) -> Response:
     try:
         made = await work
-    except PublicHTTPError:
-        raise
     except Exception as error:
-        made = create_error_response(error)
-        if made.error.code == 500:  # nobody foresaw it, so nobody has chosen its words
+        if as_public(error) is not None:
             raise
+        made = create_error_response(error)
     if isinstance(made, ErrorResponse):
         return translate_error_response(made)
     if isinstance(made, BaseModel):
@@ -53,11 +51,31 @@ async def _answer(work: Awaitable[Any]) -> Response:
     return StreamingResponse(made, media_type="text/event-stream")
 
 
+def as_public(error: Exception) -> PublicHTTPError | None:
+    """Return what a client may hear of an exception: None where vLLM has chosen the words, as for a bad request."""
+    if isinstance(error, PublicHTTPError):
+        return error
+    if create_error_response(error).error.code == 500:  # nobody foresaw it
+        return PublicHTTPError(PublicError("The server had an internal error."))
+    return None
+
+
+def _raise(error: str | Exception, *_: Any, **__: Any) -> NoReturn:
+    """Let a failure out of the chat's stream under these messages, which would take an error event for a broken one."""
+    if isinstance(error, Exception):
+        raise as_public(error) or error
+    raise PublicHTTPError(PublicError(error))
+
+
 def take_over(app: FastAPI) -> None:
     """Put these routes in the place of vLLM's, where the model has them."""
+    serving = getattr(app.state, "anthropic_serving_messages", None)
+    if serving is None:
+        return
+    serving.create_streaming_error_response = _raise
     ours: dict[str, Callable[..., Any]] = {PATH: _create, f"{PATH}/count_tokens": _count}
     for index, route in enumerate(app.router.routes):
-        if isinstance(route, APIRoute) and route.path in ours and app.state.anthropic_serving_messages is not None:
+        if isinstance(route, APIRoute) and route.path in ours:
             app.router.routes[index] = APIRoute(
                 route.path,
                 with_cancellation(load_aware_call(ours[route.path])),

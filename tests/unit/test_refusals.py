@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +17,7 @@ pytest.importorskip("vllm")
 from deployments.dispatch import App, Dispatcher
 from deployments.errors import EngineUnavailable
 from deployments.seam.frontend import MOUNTED
-from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
+from tests.unit.scripted_fleet import ScriptedFleet, StubFlight, scripted_app
 
 pytestmark = pytest.mark.asyncio
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -92,6 +93,45 @@ async def test_what_nobody_foresaw_is_an_opaque_500(house: House, monkeypatch: p
     for path in (*ASKED, "/v1/messages/count_tokens"):
         answer = await house.ask(path, **({} if path in ASKED else {"messages": MESSAGES}))
         assert (answer.status_code, said(answer)) == (500, "The server had an internal error.")
+
+
+async def last_event(house: House, path: str) -> dict[str, Any]:
+    """Return the last thing a stream says, but for `[DONE]`."""
+    more = {"prompt": "one"} if path == "/v1/completions" else {}
+    answer = await house.ask(path, stream=True, **more)
+    assert answer.status_code == 200
+    *before, last = [
+        line[6:] for line in answer.text.splitlines() if line.startswith("data: ") and "[DONE]" not in line
+    ]
+    assert before, "something had been said"
+    return dict(json.loads(last))
+
+
+@pytest.mark.parametrize("path", ASKED)
+async def test_a_stream_that_fails_ends_in_an_event_that_says_why(house: House, path: str) -> None:
+    house.fleet.fails_after = 2
+    said = await last_event(house, path)
+    assert said.get("error", said)["message"] == "The engines failed."
+    if path == "/v1/responses":
+        assert (said["type"], said["code"]) == ("error", "engine_unavailable")
+    elif path == "/v1/messages":
+        assert said["type"] == "error"
+    else:
+        plain = await house.ask(path, **({"prompt": "one"} if path == "/v1/completions" else {}))
+        assert said == plain.json()
+
+
+@pytest.mark.parametrize("path", ASKED)
+async def test_a_stream_that_fails_by_what_nobody_foresaw_says_no_more_than_that(
+    house: House, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(flight: StubFlight, said: list[int]) -> None:
+        if flight._submission.progress >= 2:
+            flight._submission._queue.put(RuntimeError("/srv/models/secret"))
+
+    monkeypatch.setattr(StubFlight, "_logprobs", breaks)
+    said = await last_event(house, path)
+    assert said.get("error", said)["message"] == "The server had an internal error."
 
 
 async def test_vllms_own_refusals_keep_their_words(house: House) -> None:
