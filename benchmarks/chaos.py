@@ -1,21 +1,25 @@
 """What clients get when things break under load: two real engines, one Router, and a signal.
 
-    python -m benchmarks.chaos                 # twenty losses of engines, one of the Router, one of all clients
+    python -m benchmarks.chaos                 # twenty losses of engines, one of the Router, and clients that hang up
     python -m benchmarks.chaos --quick         # each fault once
     python -m benchmarks.chaos --minutes 25    # no further fault that would not end by then
 
 Every prompt is asked undisturbed first. Decoding is greedy, in float32 on CPUs: what a client gets through a fault must
 be the same tokens and the same text. Where it is not, the engine is asked how likely it finds both tokens at the place
 where the answers part: a continuation computes in one prefill what the first run computed token by token, so that last
-bits differ, and a tie may fall the other way. Faults are signals to single processes, and one is none:
+bits differ, and a tie may fall the other way. Faults are signals to single processes, and some are none:
 
     actor     SIGKILL to the replica        its EngineCore and Worker die with it
     core      SIGKILL to EngineCore
     worker    SIGKILL to a Worker           where vLLM has given it a process of its own
     hang      SIGSTOP to EngineCore         work, and no step; noticed after `engine_stall_timeout_s`, 10 here
     silence   SIGSTOP to the replica        no heartbeat; noticed after `heartbeat_timeout_s`, 10 by default
-    client    all clients hang up           their places in the engines should be free at once
     router    SIGKILL to the Router         its clients lose their connections, and nothing can spare them that
+    queued    clients hang up whose requests wait for an engine, others' being worked on
+    prefill   clients hang up while engines read their prompts
+    decode    clients hang up while their answers come, streams and plain ones
+
+Places of those who hang up should be free within a second, and are seen to be up to `SEEN_LATE_S` later.
 
 A fault's row is written when all of it has been seen. Whatever ends the run, the table of what was seen is printed.
 """
@@ -30,11 +34,13 @@ import json
 import random
 import re
 import signal
+import statistics
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -45,7 +51,16 @@ import psutil
 from benchmarks import console
 from benchmarks.client import WORDS
 from benchmarks.replicas import cores, engines, routers, workers
-from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
+from benchmarks.servers import (
+    MODEL_NAME,
+    ROOT,
+    EngineSettings,
+    Groundswell,
+    ServerError,
+    has_cuda_build,
+    make_model,
+    settings,
+)
 from deployments.launch.environment import RUN_ID
 from deployments.launch.processes import is_alive
 
@@ -54,16 +69,25 @@ TIE_NATS: Final = 1e-3
 BACK_WITHIN_S: Final = 300.0
 ANSWERED_WITHIN_S: Final = 240.0
 FREE_WITHIN_S: Final = 60.0
-FIRST_LOOK_S: Final = 0.8
+SETTLED_S: Final = 3.0
+"""When no further stream has begun for so long, those that have not begun wait for an engine."""
+PREFILL_TOKENS: Final = 256
+"""Of prompts, in one step of an engine: long ones take several."""
+LONG_WORDS: Final = 800
 METRICS_LAG_S: Final = 30.0
 """Ray's endpoint shows a count within this: it is told every 10 s."""
 LONGEST_METRICS_LAG_S: Final = 45.0
 """On cores that are busy."""
-HEARTBEAT_S: Final = 0.25
-QUICK: Final = ("actor", "core", "worker", "hang", "silence", "client", "router")
+HEARTBEAT_S: Final = 0.1
+VIEW_S: Final = 0.2
+"""How old `/fleet` may be."""
+LOOK_S: Final = 0.1
+SEEN_LATE_S: Final = HEARTBEAT_S + VIEW_S + LOOK_S
+HANG_UPS: Final = ("queued", "prefill", "decode")
+QUICK: Final = (*HANG_UPS, "actor", "core", "worker", "hang", "silence", "router")
 """Every fault once, so that a run that is stopped early has seen each kind."""
-FULL: Final = (*QUICK, *("actor", "core", "worker") * 4, "actor", "hang", "silence")
-LOSES_NO_ENGINE: Final = ("client", "router")
+FULL: Final = (*QUICK, *HANG_UPS * 4, *("actor", "core", "worker") * 4, "actor", "hang", "silence")
+LOSES_NO_ENGINE: Final = (*HANG_UPS, "router")
 
 
 @dataclass
@@ -96,7 +120,7 @@ class Row:
 
     Attributes:
         injected: How often.
-        in_flight: Requests under way at that moment, streams and plain ones.
+        in_flight: Requests under way at that moment, streams and plain ones; of clients that hang up, theirs alone.
         continued: Requests that went on at another engine, by the Router's count.
         restarted: Those that began again there.
         refused: Answered with an HTTP error.
@@ -106,8 +130,8 @@ class Row:
             `TIE_NATS`.
         longest_pause_s: The longest time any client that got its answer waited for the next token.
         error_after_s: The longest time until a client was told that its stream is broken.
-        free_after_s: Until no engine worked for a client that had hung up, as far as `/fleet` shows it: that is made
-            once a second.
+        free_after: Of each injection, seconds until `/fleet` showed that Router and engines held nothing for a client
+            that had hung up: up to `SEEN_LATE_S` more than it took.
         whole_again_s: Until all engines, or the Router, were back.
     """
 
@@ -121,13 +145,13 @@ class Row:
     ties: int = 0
     longest_pause_s: float = 0.0
     error_after_s: float = 0.0
-    free_after_s: float = 0.0
+    free_after: tuple[float, ...] = ()
     whole_again_s: float = 0.0
 
     def __add__(self, other: Row) -> Row:
         def total(name: str) -> Any:
-            both = getattr(self, name), getattr(other, name)
-            return max(both) if name.endswith("_s") else sum(both)
+            one, another = getattr(self, name), getattr(other, name)
+            return max(one, another) if name.endswith("_s") else one + another
 
         return Row(**{each.name: total(each.name) for each in fields(Row)})
 
@@ -136,10 +160,10 @@ class NotBack(Exception):
     """Something that was broken did not come back."""
 
 
-def prompts(number: int, seed: int) -> list[str]:
+def prompts(number: int, seed: int, *, words: int = 30) -> list[str]:
     """Return prompts of which no two are the same."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=30)) for _ in range(number)]
+    return [" ".join(rng.choices(WORDS, k=words)) for _ in range(number)]
 
 
 async def ask(session: aiohttp.ClientSession, url: str, prompt: str, tokens: int, stream: bool, answer: Answer) -> None:
@@ -210,8 +234,8 @@ class HouseLike(Protocol):
     async def whole(self, since: float, lost: Sequence[psutil.Process] = ()) -> float:
         """Wait until those are gone and the Router knows all engines; return how long that took. Raises `NotBack`."""
 
-    async def free(self, since: float) -> float:
-        """Wait until no engine has a request; return how long that took. Raises `NotBack`."""
+    async def free(self, since: float, left: int = 0) -> float:
+        """Wait until Router and engines have at most `left` requests; return how long that took. Raises `NotBack`."""
 
     def gap(self, prompt: str, said: Sequence[int], one: int, other: int) -> float:
         """Return how much likelier, in nats, the engine finds one token than another after a prompt and an answer."""
@@ -220,33 +244,43 @@ class HouseLike(Protocol):
         """Return how many requests were continued and restarted so far, by the Routers' own counts, each by name."""
 
 
-class Strike:
+class Strike(Protocol):
     """Breaks one thing when it is called, at once.
 
     Attributes:
-        victim: The process it hits, if it is one.
-        lost: All that end by it.
+        lost: All processes that end by it.
     """
 
-    def __init__(self, victim: psutil.Process | None, number: int, lost: Sequence[psutil.Process]) -> None:
-        self.victim, self._signal, self.lost = victim, number, lost
+    lost: Sequence[psutil.Process]
 
-    def __call__(self, jobs: Sequence[asyncio.Task[None]]) -> None:
-        """Hit the process; without one, it is the clients that go, whose requests these are."""
-        if self.victim is not None:
-            try:
-                self.victim.send_signal(self._signal)
-            except psutil.NoSuchProcess:
-                raise NotBack("what was to be broken had ended by itself") from None
-        else:
-            for job in jobs:
-                job.cancel()
+    def __call__(self) -> None:
+        """Do it. Raises `NotBack` where there is nothing left to break."""
 
     def end(self) -> None:
         """End a process that was stopped: it would wake up, or be replaced after three health checks of 30 s."""
-        if self.victim is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.victim.kill()
+
+
+class Signal:
+    """A strike at a process.
+
+    Args:
+        victim: The process it hits.
+        number: The signal.
+        lost: All that end by it.
+    """
+
+    def __init__(self, victim: psutil.Process, number: int, lost: Sequence[psutil.Process]) -> None:
+        self._victim, self._number, self.lost = victim, number, lost
+
+    def __call__(self) -> None:
+        try:
+            self._victim.send_signal(self._number)
+        except psutil.NoSuchProcess:
+            raise NotBack("what was to be broken had ended by itself") from None
+
+    def end(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._victim.kill()
 
 
 class House:
@@ -263,8 +297,6 @@ class House:
         self.run_id = ids.pop()
 
     def strike(self, fault: str) -> Strike | None:
-        if fault == "client":
-            return Strike(None, 0, ())
         candidates, number = {
             "actor": (engines, signal.SIGKILL),
             "core": (cores, signal.SIGKILL),
@@ -280,7 +312,7 @@ class House:
         lost = [victim]
         with contextlib.suppress(psutil.Error):
             lost += [each for each in victim.parents() if any("ServeReplica:" in word for word in each.cmdline())]
-        return Strike(victim, number, lost)
+        return Signal(victim, number, lost)
 
     async def whole(self, since: float, lost: Sequence[psutil.Process] = ()) -> float:
         while time.monotonic() - since < BACK_WITHIN_S:
@@ -291,15 +323,15 @@ class House:
             await asyncio.sleep(0.5)
         raise NotBack(f"not whole again within {BACK_WITHIN_S:.0f} s")
 
-    async def free(self, since: float) -> float:
-        # The first look shows whether it took a second: for another, later ones would get the first one's answer.
-        await asyncio.sleep(max(0.0, since + FIRST_LOOK_S - time.monotonic()))
+    async def free(self, since: float, left: int = 0) -> float:
+        # What is told before may be from before.
+        await asyncio.sleep(max(0.0, since + HEARTBEAT_S + VIEW_S - time.monotonic()))
         while time.monotonic() - since < FREE_WITHIN_S:
             (model,) = json.loads(await asyncio.to_thread(self._read, "/fleet"))["models"]
-            if not model["running"] + model["waiting"]:
+            if max(model["running"] + model["waiting"], model["this_router"]["in_flight"]) <= left:
                 return time.monotonic() - since
-            await asyncio.sleep(0.1)
-        raise NotBack(f"engines still work for clients that hung up {FREE_WITHIN_S:.0f} s ago")
+            await asyncio.sleep(LOOK_S)
+        raise NotBack(f"there is still work for clients that hung up {FREE_WITHIN_S:.0f} s ago")
 
     def _engines(self) -> int:
         try:
@@ -354,36 +386,94 @@ async def load(
     tokens: int,
     plain: int,
     wait_for: int,
-    then: Callable[[Sequence[asyncio.Task[None]]], None],
+    then: Callable[[], None],
 ) -> tuple[list[Answer], list[Answer], float]:
     """Ask everything at once, the last `plain` prompts without streaming; call `then` when all streams have begun.
 
     Returns:
         All answers; those that were under way when `then` was called; that moment.
     """
+    async with _asking(url, asked, tokens, plain) as (answers, jobs):
+        await _begun(answers[: len(asked) - plain], wait_for)
+        under_way = [answer for answer in answers if not answer.done]
+        moment = time.monotonic()
+        then()
+        await asyncio.wait(jobs)
+        for job in jobs:
+            job.result()
+    return answers, under_way, moment
+
+
+@asynccontextmanager
+async def _asking(
+    url: str, asked: Sequence[str], tokens: int, plain: int
+) -> AsyncIterator[tuple[list[Answer], list[asyncio.Task[None]]]]:
+    """Ask everything at once, the last `plain` prompts without streaming; who still waits in the end hangs up."""
     answers = [Answer() for _ in asked]
-    streams = answers[: len(asked) - plain]
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=ANSWERED_WITHIN_S)
     ) as session:
         jobs = [
-            asyncio.create_task(ask(session, url, prompt, tokens, i < len(streams), answer))
+            asyncio.create_task(ask(session, url, prompt, tokens, i < len(asked) - plain, answer))
             for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True))
         ]
         try:
-            while any(len(a.tokens) < wait_for and not a.done for a in streams):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            under_way = [answer for answer in answers if not answer.done]
-            moment = time.monotonic()
-            then(jobs)
-            await asyncio.wait(jobs)
-            for job in jobs:
-                if not job.cancelled():
-                    job.result()
+            yield answers, jobs
         finally:
             for job in jobs:
                 job.cancel()
-    return answers, under_way, moment
+
+
+async def _begun(streams: Sequence[Answer], tokens: int) -> None:
+    """Wait until each stream has brought so many tokens, or is over."""
+    while any(len(stream.tokens) < tokens and not stream.done for stream in streams):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def hang_up(house: HouseLike, place: str, asked: Sequence[str], tokens: int, plain: int) -> Row:
+    """Have clients hang up whose requests are at one place, and see how soon nobody works for them.
+
+    Args:
+        house: The server, with room in its engines for all who ask here, and no more.
+        place: One of `HANG_UPS`.
+        asked: Their prompts.
+        tokens: Of each answer.
+        plain: How many of them do not stream.
+
+    Raises:
+        NotBack: Somebody is still worked for after `FREE_WITHIN_S`, or a request failed that nobody disturbed.
+    """
+    if place == "queued":  # engines take half of these at once
+        asked, plain = [*asked, *asked] * ENGINES, 0
+    elif place == "prefill":
+        asked, tokens, plain = prompts(len(asked), seed=2, words=LONG_WORDS), min(tokens, LONG_WORDS), 0
+    async with _asking(house.url, asked, tokens, plain) as (answers, jobs):
+        streams = answers[: len(asked) - plain]
+        if place == "queued":
+            begun, since = 0, time.monotonic()
+            while begun == 0 or time.monotonic() - since < SETTLED_S:
+                await asyncio.sleep(0.01)
+                now = sum(bool(stream.tokens) or stream.done for stream in streams)
+                if now > begun:
+                    begun, since = now, time.monotonic()
+        elif place == "prefill":  # the first has been read: the next one is being read
+            while not any(stream.tokens or stream.done for stream in streams):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        else:
+            await _begun(streams, tokens // 20)
+        leaving = [
+            job for job, a in zip(jobs, answers, strict=True) if not a.done and not (place == "queued" and a.tokens)
+        ]
+        staying = sum(not job.done() for job in jobs) - len(leaving)
+        moment = time.monotonic()
+        for job in leaving:
+            job.cancel()
+        free_after_s = await house.free(moment, staying)
+    failed = [answer.problem for answer in answers if answer.problem]
+    if failed:
+        raise NotBack(f"a request failed that nobody disturbed: {failed[0]}")
+    await house.free(time.monotonic())
+    return Row(injected=1, in_flight=len(leaving), free_after=(free_after_s,))
 
 
 def judge(
@@ -453,8 +543,8 @@ async def run(
     asked = prompts(clients, seed=1)
     plain = clients // 4
     await house.whole(time.monotonic())
-    undisturbed, _, _ = await load(house.url, asked, tokens, plain, 0, lambda _: None)
-    again, _, _ = await load(house.url, asked, tokens, plain, 0, lambda _: None)
+    undisturbed, _, _ = await load(house.url, asked, tokens, plain, 0, lambda: None)
+    again, _, _ = await load(house.url, asked, tokens, plain, 0, lambda: None)
     lost = [answer.problem for answer in [*undisturbed, *again] if answer.problem]
     if lost:
         raise NotBack(f"undisturbed requests failed: {lost[0]}")
@@ -465,6 +555,11 @@ async def run(
         if until is not None and started + longest_s > until:
             say(f"{len(faults) - number + 1} faults are left out: there is no time for another")
             return
+        if fault in HANG_UPS:
+            row = await hang_up(house, fault, asked, tokens, plain)
+            rows[fault] = rows.get(fault, Row()) + row
+            say(f"{number:3} of {len(faults)}  {fault:8} {_brief(row)}")
+            continue
         strike = house.strike(fault)
         if strike is None:
             say(f"{number:3} of {len(faults)}  {fault:8} left out: there is no such process here")
@@ -473,8 +568,6 @@ async def run(
         answers, under_way, moment = await load(house.url, asked, tokens, plain, tokens // 20, strike)
         ended = time.monotonic()
         row = Row(injected=1, in_flight=len(under_way))
-        if fault == "client":
-            row.free_after_s = await house.free(moment)
         if fault == "silence":
             strike.end()
         row.whole_again_s = await house.whole(moment, strike.lost)
@@ -507,8 +600,11 @@ async def _moved(house: HouseLike, before: Mapping[str, int], ended: float) -> t
 
 
 def _brief(row: Row) -> str:
+    def shown(value: float | tuple[float, ...]) -> str:
+        return str(value) if isinstance(value, int) else f"{value if isinstance(value, float) else max(value):.1f} s"
+
     return ", ".join(
-        f"{name.removesuffix('_s').replace('_', ' ')} {f'{value:.1f} s' if name.endswith('_s') else value}"
+        f"{name.removesuffix('_s').replace('_', ' ')} {shown(value)}"
         for name, value in asdict(row).items()
         if value and name != "injected"
     )
@@ -518,12 +614,12 @@ def table(rows: dict[str, Row]) -> str:
     """Return the rows as Markdown."""
     head = (
         "| fault | injected | in flight | continued | restarted | refused | broken | tokens off | ties "
-        "| longest pause, s | error after, s | free after, s | whole again, s |\n" + "|---" * 13 + "|"
+        "| longest pause, s | error after, s | free after, s: p50, max | whole again, s |\n" + "|---" * 13 + "|"
     )
     lines = [
         f"| {fault} | {r.injected} | {r.in_flight} | {_counted(fault, r.continued)} | {_counted(fault, r.restarted)} "
         f"| {r.refused} | {r.broken} | {r.tokens_off} | {r.ties} | {_seconds(r.longest_pause_s)} "
-        f"| {_seconds(r.error_after_s)} | {_seconds(r.free_after_s)} | {r.whole_again_s:.0f} |"
+        f"| {_seconds(r.error_after_s)} | {_spread(r.free_after)} | {_seconds(r.whole_again_s, '.0f')} |"
         for fault, r in rows.items()
     ]
     return "\n".join([head, *lines])
@@ -533,8 +629,12 @@ def _counted(fault: str, number: int) -> str:
     return "" if fault in LOSES_NO_ENGINE else str(number)
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.1f}" if value else ""
+def _seconds(value: float, form: str = ".1f") -> str:
+    return format(value, form) if value else ""
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f}, {max(values):.1f}" if values else ""
 
 
 def good(rows: dict[str, Row]) -> bool:
@@ -574,11 +674,14 @@ def main(arguments: list[str] | None = None) -> int:
     make_model(model)
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(prefix="groundswell-chaos-") as folder:
+        base = settings(model, gpu=has_cuda_build())
+        narrow = {"max_num_seqs": given.clients, "max_num_batched_tokens": PREFILL_TOKENS}
         server = Groundswell(
-            settings(model, gpu=has_cuda_build()),
+            EngineSettings({**base.engine_args, **narrow}, base.environment),
             Path(folder),
             engines=ENGINES,
             fleet={"engine_stall_timeout_s": 10, "heartbeat_interval_s": HEARTBEAT_S},
+            router={"max_queue_wait_s": ANSWERED_WITHIN_S},
         )
         try:
             server.start()

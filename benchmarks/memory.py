@@ -60,7 +60,7 @@ def further(models: int, say: Callable[[str], None]) -> dict[str, Any]:
             try:
                 server.start()
                 send(Load(server.url, MODEL_NAME, 4, 50, tokens=1, stream=False))
-                rss[number] = sum(p.memory_info().rss for p in _routers(server.url)) / 1e6
+                rss[number] = sum(p.memory_info().rss for p in routers(server.url)) / 1e6
                 say(f"{1 + number} models: Router RSS {rss[number]:.1f} MB")
             finally:
                 server.stop()
@@ -74,10 +74,10 @@ def measure(url: str, model: str, requests: int, concurrency: int, say: Callable
     Raises:
         NoRouter: There is none at `url`.
     """
-    routers = _routers(url)
+    found = routers(url)
 
     def rss() -> int:
-        return sum(router.memory_info().rss for router in routers)
+        return sum(router.memory_info().rss for router in found)
 
     points = [(0, rss())]
     failed = 0
@@ -108,11 +108,16 @@ def measure(url: str, model: str, requests: int, concurrency: int, say: Callable
     }
 
 
-def _routers(url: str) -> list[psutil.Process]:
-    routers = [p for p in _processes(url) if usage.name(p) == "Router replica"]
-    if not routers:
+def routers(url: str) -> list[psutil.Process]:
+    """Return the Routers of the run that listens at `url`.
+
+    Raises:
+        NoRouter: There is none on this machine.
+    """
+    found = [p for p in _processes(url) if usage.name(p) == "Router replica"]
+    if not found:
         raise NoRouter(f"there is no Router of a `groundswell serve` on this machine behind {url}")
-    return routers
+    return found
 
 
 def _processes(url: str) -> list[psutil.Process]:

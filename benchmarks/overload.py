@@ -1,10 +1,15 @@
 """What becomes of requests when more come than engines can do, over HTTP only.
 
 python -m benchmarks.overload                                # starts Groundswell, measures, stops it
-python -m benchmarks.overload --url http://127.0.0.1:8000    # one that runs on this machine
+python -m benchmarks.overload --url http://127.0.0.1:8000    # one that runs
 
-The pace of the engines is measured first, with as many clients as they take at once. Then requests arrive at random, at
-that pace, at four times that pace, and at that pace again: an open loop, in which nobody waits for anybody.
+The pace of the engines is measured first, with as many clients as they take at once. Then requests arrive at random,
+first at a part of that pace, then at all of it, at four times it, and at that part again: an open loop, in which
+nobody waits for anybody, and without a break, so that the last phase begins with the queue that the overload has left.
+Whatever ends the run, what was seen until then is printed.
+
+Each phase's numbers are of the requests that were sent in it. Its goodput is what came in it of answers that came back
+whole, whenever they were asked for. The Router's memory is seen where it runs on this machine.
 """
 
 from __future__ import annotations
@@ -16,19 +21,27 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
+import psutil
+import uvloop
 
 from benchmarks import console
-from benchmarks.client import WORDS
+from benchmarks.client import WORDS, go_first
+from benchmarks.memory import NoRouter, routers
 from benchmarks.servers import MODEL_NAME, ROOT, EngineSettings, Groundswell, ServerError, has_cuda_build, make_model
 from benchmarks.servers import settings as engine_settings
 
-DRAIN_LIMIT_S = 120.0
+DRAIN_LIMIT_S: Final = 120.0
+SAMPLES_S: Final = 0.5
+NORMAL_FOR_S: Final = 3.0
+"""Of that many seconds' requests all must be let in, and most as fast as before, for all to be normal again."""
+STEP_S: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,8 @@ class Options:
         capacity: Requests that its engines work on at once.
         tokens: Output tokens of each request.
         seconds: Length of each phase.
-        times: How often the engines' pace comes in the phase of overload.
+        usual: The load before and after, in paces of the engines. Less than one: at their very pace a queue stays.
+        times: The overload, likewise.
     """
 
     url: str
@@ -48,7 +62,14 @@ class Options:
     capacity: int = 8
     tokens: int = 64
     seconds: float = 20.0
+    usual: float = 0.7
     times: float = 4.0
+
+    @property
+    def loads(self) -> dict[str, float]:
+        """The phases by name, in paces of the engines."""
+        usual = f"{self.usual:g}x"
+        return {usual: self.usual, "1x": 1.0, f"{self.times:g}x": self.times, f"{usual} after": self.usual}
 
 
 @dataclass(frozen=True)
@@ -57,100 +78,161 @@ class Answer:
 
     Attributes:
         ttft_s: To the first text, of one that was let in and came back whole.
-        retry_after_s: What it heard that was not let in.
+        tpot_s: From there to the last text, by each token after the first.
+        retry_after_s: What it heard that was not let in: before any stream began, or it is broken.
         broken: What else went wrong.
     """
 
     ttft_s: float | None = None
+    tpot_s: float | None = None
     retry_after_s: float | None = None
     broken: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
+class Sent:
+    """One request.
+
+    Attributes:
+        at_s: When it was sent.
+        answer: What came of it.
+        tokens: Of its answer, if that is whole.
+    """
+
+    at_s: float
+    answer: Answer
+    tokens: int = 1
+
+    def tokens_within(self, begin_s: float, end_s: float) -> float:
+        """Return how many tokens came between two moments, as if they had come evenly from the first to the last."""
+        if self.answer.ttft_s is None:
+            return 0.0
+        first_s, gap_s = self.at_s + self.answer.ttft_s, self.answer.tpot_s or 0.0
+        last_s = first_s + gap_s * (self.tokens - 1)
+        if last_s <= first_s:
+            return float(self.tokens) if begin_s <= first_s < end_s else 0.0
+        return self.tokens * max(0.0, min(end_s, last_s) - max(begin_s, first_s)) / (last_s - first_s)
+
+
+@dataclass(frozen=True)
 class Phase:
-    """What came of one phase.
+    """When requests arrived at one rate.
 
     Attributes:
         rate: Requests a second that arrived.
-        wall_s: From the first arrival to the last answer.
-        ttft_s: Of those that were let in.
-        retry_after_s: What those heard that were not.
-        broken: What else went wrong, by reason: there should be nothing.
     """
 
     rate: float
-    sent: int = 0
-    wall_s: float = 0.0
-    tokens: int = 0
-    ttft_s: list[float] = field(default_factory=list)
-    retry_after_s: list[float] = field(default_factory=list)
-    broken: Counter[str] = field(default_factory=Counter)
+    begin_s: float
+    end_s: float
+
+    def holds(self, at_s: float) -> bool:
+        return self.begin_s <= at_s < self.end_s
+
+
+@dataclass
+class Measured:
+    """What was seen so far. All moments are seconds of one clock.
+
+    Attributes:
+        pace: Requests a second that engines finish with as many clients as they take; 0 until it is known.
+        phases: By name; the last one may be cut short.
+        sent: All requests of those that have been answered, refused or broken off.
+        rss_bytes: Moments, and the Routers' resident memory then; empty where it cannot be seen.
+        whole: Whether the run came to its end.
+    """
+
+    pace: float = 0.0
+    phases: dict[str, Phase] = field(default_factory=dict)
+    sent: list[Sent] = field(default_factory=list)
+    rss_bytes: list[tuple[float, int]] = field(default_factory=list)
+    whole: bool = False
 
     @property
-    def goodput(self) -> float:
-        """Output tokens a second of requests that came back whole."""
-        return self.tokens / self.wall_s if self.wall_s else 0.0
-
-    @property
-    def rejected(self) -> float:
-        return len(self.retry_after_s) / self.sent if self.sent else 0.0
-
-    def count(self, answer: Answer, tokens: int) -> None:
-        """Add a request's answer, of `tokens` tokens if it is one."""
-        if answer.ttft_s is not None:
-            self.ttft_s.append(answer.ttft_s)
-            self.tokens += tokens
-        elif answer.retry_after_s is not None:
-            self.retry_after_s.append(answer.retry_after_s)
-        else:
-            self.broken[str(answer.broken)] += 1
+    def broken(self) -> Counter[str]:
+        return Counter(sent.answer.broken for sent in self.sent if sent.answer.broken is not None)
 
 
-async def measure(options: Options, say: Callable[[str], None]) -> dict[str, Phase]:
-    """Run all phases."""
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=DRAIN_LIMIT_S)
-    ) as session:
+async def measure(
+    options: Options,
+    say: Callable[[str], None],
+    measured: Measured,
+    *,
+    rss: Callable[[], int | None] = lambda: None,
+) -> None:
+    """Run all phases; what is seen goes into `measured` as it comes. `rss` returns the Routers' resident bytes now."""
+    async with (
+        aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=DRAIN_LIMIT_S)
+        ) as session,
+        _watching(measured, rss),
+    ):
         for _ in range(2):  # the first time warms everything up
-            pace = await _pace(session, options)
-        say(f"{pace:.1f} requests a second with {options.capacity} clients")
-        phases = {}
-        for name, times in (("1x", 1.0), (f"{options.times:g}x", options.times), ("1x after", 1.0)):
-            phases[name] = await _phase(session, options, times * pace)
-            say(f"{name}: {phases[name].sent} requests")
-        return phases
+            measured.pace = await _pace(session, options)
+        say(f"{measured.pace:.1f} requests a second with {options.capacity} clients")
+        await _phases(session, options, say, measured)
+    measured.whole = True
+
+
+async def _phases(
+    session: aiohttp.ClientSession, options: Options, say: Callable[[str], None], measured: Measured
+) -> None:
+    async with asyncio.TaskGroup() as requests:
+
+        async def one(seed: str) -> None:
+            at_s = time.perf_counter()
+            answer = await send(session, options.url, options.model, options.tokens, seed)
+            measured.sent.append(Sent(at_s, answer, options.tokens))
+
+        for name, times in options.loads.items():
+            rng, rate = random.Random(name), times * measured.pace
+            begin_s = due_s = time.perf_counter()
+            end_s = begin_s + options.seconds
+            measured.phases[name] = Phase(rate, begin_s, end_s)
+            while due_s < end_s:
+                await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+                requests.create_task(one(f"{name}/{due_s}"))
+                due_s += rng.expovariate(rate)
+            await asyncio.sleep(max(0.0, end_s - time.perf_counter()))
+            say(f"{name}: {sum(measured.phases[name].holds(sent.at_s) for sent in measured.sent)} requests are over")
+
+
+@asynccontextmanager
+async def _watching(measured: Measured, rss: Callable[[], int | None]) -> AsyncIterator[None]:
+    """Look at the Routers' memory from now on, and once more at the end; cut a phase that did not come to its end."""
+
+    def look() -> bool:
+        seen = rss()
+        if seen is not None:
+            measured.rss_bytes.append((time.perf_counter(), seen))
+        return seen is not None
+
+    async def watch() -> None:
+        while look():  # noqa: ASYNC110
+            await asyncio.sleep(SAMPLES_S)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        look()
+        now_s = time.perf_counter()
+        measured.phases |= {n: replace(p, end_s=min(p.end_s, now_s)) for n, p in measured.phases.items()}
 
 
 async def _pace(session: aiohttp.ClientSession, options: Options) -> float:
-    phase = Phase(0)
     started = time.perf_counter()
 
-    async def client(number: int) -> None:
-        for i in range(3):
-            await _send(session, options, f"{number}/{i}/{started}", phase)
+    async def client(number: int) -> list[Answer]:
+        seeds = [f"{number}/{i}/{started}" for i in range(3)]
+        return [await send(session, options.url, options.model, options.tokens, seed) for seed in seeds]
 
-    await asyncio.gather(*(client(number) for number in range(options.capacity)))
-    if phase.broken or phase.retry_after_s:
-        raise ServerError(f"requests failed while nothing was overloaded: {phase.broken}")
-    return phase.sent / (time.perf_counter() - started)
-
-
-async def _phase(session: aiohttp.ClientSession, options: Options, rate: float) -> Phase:
-    phase, rng, tasks = Phase(rate), random.Random(rate), []
-    started = time.perf_counter()
-    at = started
-    while at - started < options.seconds:
-        await asyncio.sleep(max(0.0, at - time.perf_counter()))
-        tasks.append(asyncio.create_task(_send(session, options, f"{rate}/{len(tasks)}", phase)))
-        at += rng.expovariate(rate)
-    await asyncio.gather(*tasks)
-    phase.wall_s = time.perf_counter() - started
-    return phase
-
-
-async def _send(session: aiohttp.ClientSession, options: Options, seed: str, phase: Phase) -> None:
-    phase.sent += 1
-    phase.count(await send(session, options.url, options.model, options.tokens, seed), options.tokens)
+    answers = [a for each in await asyncio.gather(*map(client, range(options.capacity))) for a in each]
+    lost = [answer.broken or "refused" for answer in answers if answer.ttft_s is None]
+    if lost:
+        raise ServerError(f"requests failed while nothing was overloaded: {lost[0]}")
+    return len(answers) / (time.perf_counter() - started)
 
 
 async def send(session: aiohttp.ClientSession, url: str, model: str, tokens: int, seed: str) -> Answer:
@@ -164,108 +246,244 @@ async def send(session: aiohttp.ClientSession, url: str, model: str, tokens: int
         "stream": True,
     }
     started = time.perf_counter()
-    first, last = 0.0, b""
+    first_s = last_s = 0.0
+    last = b""
     try:
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:
-            if response.status == 429:
+            if response.status in (429, 503):
                 await response.read()
-                return Answer(retry_after_s=float(response.headers["retry-after"]))
+                return Answer(retry_after_s=_retry_after(response))
             if response.status != 200:
                 raise ValueError(f"HTTP {response.status}")
             async for line in response.content:
                 if line.startswith(b"data: "):
                     last = line
-                    if not first and b'"content":"' in line and b'"content":""' not in line:
-                        first = time.perf_counter()
-        if last.strip() != b"data: [DONE]" or not first:
+                    if line.startswith(b'data: {"error"'):
+                        raise ValueError(f"a stream that had begun ended in {line[6:]!r}")
+                    if b'"content":"' in line and b'"content":""' not in line:
+                        last_s = time.perf_counter()
+                        first_s = first_s or last_s
+        if last.strip() != b"data: [DONE]" or not first_s:
             raise ValueError(f"the stream ended with {last[:80]!r}")
-    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, OSError) as error:
-        return Answer(broken=f"{type(error).__name__}: {error}"[:120])
-    return Answer(ttft_s=first - started)
+    except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+        return Answer(broken=f"{type(error).__name__}: {error}"[:160])
+    return Answer(first_s - started, (last_s - first_s) / (tokens - 1) if tokens > 1 else 0.0)
 
 
-def percentile(values: list[float], share: float) -> float:
+def _retry_after(response: aiohttp.ClientResponse) -> float:
+    try:
+        return float(response.headers["retry-after"])
+    except (KeyError, ValueError):
+        raise ValueError(f"HTTP {response.status} without a Retry-After in seconds") from None
+
+
+def percentile(values: Sequence[float], share: float) -> float:
     """Return the value that `share` of them do not exceed; not a number without any."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
-def table(phases: dict[str, Phase]) -> str:
-    """Return the phases as a table."""
-    columns = {
-        "req/s": 8,
-        "goodput tok/s": 15,
-        "rejected": 10,
-        "TTFT p50": 10,
-        "p99": 8,
-        "retry-after": 13,
-        "broken": 8,
-    }
-    lines = [f"{'load':<10}" + "".join(f"{name:>{width}}" for name, width in columns.items())]
-    for name, phase in phases.items():
-        p50, p99 = percentile(phase.ttft_s, 0.5), percentile(phase.ttft_s, 0.99)
-        retry = percentile(phase.retry_after_s, 0.5)
-        lines.append(
-            f"{name:<10}{phase.rate:>8.1f}{phase.goodput:>15.0f}{phase.rejected:>10.0%}{p50:>8.2f} s{p99:>6.2f} s"
-            f"{retry:>11.0f} s{sum(phase.broken.values()):>8}"
-        )
-    return "\n".join(lines)
+def _percentile(values: Sequence[float], share: float) -> float | None:
+    """Return the same, for JSON, which knows no such number."""
+    return percentile(values, share) if values else None
 
 
-def as_json(options: Options, phases: dict[str, Phase]) -> dict[str, Any]:
-    """Return the same numbers for machines."""
+def rows(measured: Measured) -> dict[str, dict[str, Any]]:
+    """Return one row for each phase."""
+    made: dict[str, dict[str, Any]] = {}
+    for name, phase in measured.phases.items():
+        answers = [sent.answer for sent in measured.sent if phase.holds(sent.at_s)]
+        ttft = [answer.ttft_s for answer in answers if answer.ttft_s is not None]
+        tpot = [answer.tpot_s for answer in answers if answer.tpot_s is not None]
+        retry = [answer.retry_after_s for answer in answers if answer.retry_after_s is not None]
+        rss = [rss for at_s, rss in measured.rss_bytes if phase.holds(at_s)]
+        tokens = sum(sent.tokens_within(phase.begin_s, phase.end_s) for sent in measured.sent)
+        made[name] = {
+            "offered_per_s": phase.rate,
+            "sent": len(answers),
+            "goodput_tokens_per_s": tokens / max(SAMPLES_S, phase.end_s - phase.begin_s),
+            "refused": len(retry),
+            "broken": sum(answer.broken is not None for answer in answers),
+            "ttft_p50_s": _percentile(ttft, 0.5),
+            "ttft_p99_s": _percentile(ttft, 0.99),
+            "tpot_p50_s": _percentile(tpot, 0.5),
+            "tpot_p99_s": _percentile(tpot, 0.99),
+            "retry_after_p50_s": _percentile(retry, 0.5),
+            "router_rss_mb": max(rss) / 1e6 if rss else None,
+        }
+    peak = max((row["goodput_tokens_per_s"] for row in made.values()), default=0.0)
+    for row in made.values():
+        row["share_of_peak"] = row["goodput_tokens_per_s"] / peak if peak else None
+    return made
+
+
+def normal_after_s(sent: Sequence[Sent], before: Phase, after: Phase) -> float | None:
+    """Return how long after an overload all was as before it; None if it was not while that could be seen.
+
+    It is where of the next `NORMAL_FOR_S` seconds' requests each was let in, and half of them had their first text no
+    later than all but the slowest twentieth of those before the overload.
+
+    Args:
+        sent: All requests.
+        before: A phase of the same load.
+        after: The phase that begins when the overload ends.
+    """
+    usual_s = percentile([s.answer.ttft_s for s in sent if before.holds(s.at_s) and s.answer.ttft_s is not None], 0.95)
+    for step in range(int((after.end_s - after.begin_s - NORMAL_FOR_S) / STEP_S) + 1):
+        begin_s = after.begin_s + step * STEP_S
+        ttft = [s.answer.ttft_s for s in sent if begin_s <= s.at_s < begin_s + NORMAL_FOR_S]
+        let_in = [each for each in ttft if each is not None]
+        if let_in and len(let_in) == len(ttft) and percentile(let_in, 0.5) <= usual_s:
+            return step * STEP_S
+    return None
+
+
+def table(options: Options, measured: Measured) -> str:
+    """Return the phases as Markdown, and what was promised of them."""
+    head = (
+        "| load | requests/s | goodput, tokens/s | of its peak | refused | Retry-After, s | broken "
+        "| TTFT p50, s | p99, s | TPOT p50, ms | p99, ms | Router, MB |\n" + "|---" * 12 + "|"
+    )
+    lines = []
+    for name, row in rows(measured).items():
+        cells = [
+            name,
+            f"{row['offered_per_s']:.1f}",
+            f"{row['goodput_tokens_per_s']:.0f}",
+            _shown(row["share_of_peak"], ".0%"),
+            f"{row['refused'] / max(1, row['sent']):.0%}",
+            _shown(row["retry_after_p50_s"], ".0f"),
+            str(row["broken"]),
+            *(_shown(row[f"ttft_{which}_s"], ".2f") for which in ("p50", "p99")),
+            *(_shown(row[f"tpot_{which}_s"], ".1f", 1e3) for which in ("p50", "p99")),
+            _shown(row["router_rss_mb"], ".0f"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([head, *lines, "", *_promises(options, measured)])
+
+
+def _shown(value: float | None, form: str, times: float = 1.0) -> str:
+    return "" if value is None else format(times * value, form)
+
+
+def promised(options: Options, measured: Measured) -> dict[str, Any]:
+    """Return what was promised of an overload: each as it was seen, None where it was not.
+
+    The Routers' memory is that before the overload, the largest from its beginning on, and that when all was over.
+    """
+    usual, _, over, after = options.loads
+    phases, by_phase = measured.phases, rows(measured)
+    rss = measured.rss_bytes
+    back_s = normal_after_s(measured.sent, phases[usual], phases[after]) if after in phases else None
+    before = [b / 1e6 for at_s, b in rss if over not in phases or at_s < phases[over].begin_s]
+    since = [b / 1e6 for at_s, b in rss if over in phases and at_s >= phases[over].begin_s]
     return {
-        "capacity": options.capacity,
-        "tokens": options.tokens,
-        "phases": {
-            name: {
-                "rate": phase.rate,
-                "sent": phase.sent,
-                "goodput_tokens_per_s": phase.goodput,
-                "rejected_share": phase.rejected,
-                "ttft_p50_s": percentile(phase.ttft_s, 0.5),
-                "ttft_p99_s": percentile(phase.ttft_s, 0.99),
-                "retry_after_s": {str(k): n for k, n in sorted(Counter(phase.retry_after_s).items())},
-                "broken": dict(phase.broken),
-            }
-            for name, phase in phases.items()
+        "share_of_peak": by_phase[over]["share_of_peak"] if over in by_phase else None,
+        "normal_after_s": back_s,
+        "refused_before_any_stream": sum(sent.answer.retry_after_s is not None for sent in measured.sent),
+        "broken": dict(measured.broken),
+        "router_rss_mb": {
+            "before": max(before, default=None),
+            "most": max(since, default=None),
+            "end": since[-1] if since else None,
         },
     }
 
 
+def _promises(options: Options, measured: Measured) -> list[str]:
+    seen = promised(options, measured)
+    rss = {name: _shown(mb, ".0f") or "?" for name, mb in seen["router_rss_mb"].items()}
+    back_s, broken = seen["normal_after_s"], seen["broken"]
+    back = "not while it was looked" if back_s is None else f"{back_s:.1f} s after the overload"
+    return [
+        f"goodput in overload  {_shown(seen['share_of_peak'], '.0%') or '?'} of its peak",
+        f"refused              {seen['refused_before_any_stream']}, before any stream began and with Retry-After",
+        f"broken               {sum(broken.values())} {broken or ''}".rstrip(),
+        f"all as before        {back}",
+        f"the Router's memory  {rss['before']} MB before, {rss['most']} MB at most, {rss['end']} MB when all was over",
+    ]
+
+
+def as_json(options: Options, measured: Measured) -> dict[str, Any]:
+    """Return the same numbers for machines."""
+    return {
+        "benchmark": "overload",
+        **asdict(options),
+        "whole": measured.whole,
+        "pace_per_s": measured.pace,
+        "phases": rows(measured),
+        **promised(options, measured),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 if the server did not start, or a request was neither answered nor refused."""
+    """Run the command line; return 1 if it did not come to its end, or a request was neither answered nor refused.
+
+    A refusal counts as one only where it came before any stream, with a Retry-After.
+    """
     given = _parser().parse_args(arguments)
     console.stop_in_order()
-    wanted = {"capacity": given.capacity, "tokens": given.tokens, "seconds": given.seconds, "times": given.times}
+    options = Options(
+        (given.url or "").rstrip("/"),
+        given.model,
+        capacity=given.capacity,
+        tokens=given.tokens,
+        seconds=given.seconds,
+        usual=given.usual,
+        times=given.times,
+    )
+    measured = Measured()
     try:
         if given.url:
-            options = Options(given.url.rstrip("/"), given.model, **wanted)
-            phases = asyncio.run(measure(options, console.say))
+            _run(options, measured)
         else:
-            options, phases = _started(wanted, given.max_queue_wait)
+            _started(options, given.max_queue_wait, measured)
     except ServerError as problem:
         print(f"benchmarks: {problem}", file=sys.stderr)
-        return 1
-    print(f"\n{table(phases)}")
-    console.report(as_json(options, phases), given.json)
-    return 1 if any(phase.broken for phase in phases.values()) else 0
+    except KeyboardInterrupt:
+        print("benchmarks: stopped", file=sys.stderr)
+    finally:
+        if measured.phases:
+            print(f"\n{table(options, measured)}")
+            console.report(as_json(options, measured), given.json)
+            sys.stdout.flush()
+    return 0 if measured.whole and not measured.broken else 1
 
 
-def _started(wanted: dict[str, Any], max_queue_wait_s: float) -> tuple[Options, dict[str, Phase]]:
+def _started(options: Options, max_queue_wait_s: float, measured: Measured) -> None:
     model = ROOT / "models" / "tiny-random"
     make_model(model)
     base = engine_settings(model, gpu=has_cuda_build())
-    settings = EngineSettings({**base.engine_args, "max_num_seqs": wanted["capacity"]}, base.environment)
+    settings = EngineSettings({**base.engine_args, "max_num_seqs": options.capacity}, base.environment)
     with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:
         server = Groundswell(settings, Path(folder), router={"max_queue_wait_s": max_queue_wait_s})
         try:
             server.start()
             console.say(f"ready after {server.startup_s:.0f} s")
-            options = Options(server.url, **wanted)
-            return options, asyncio.run(measure(options, console.say))
+            _run(replace(options, url=server.url, model=MODEL_NAME), measured)
         finally:
             server.stop()
+
+
+def _run(options: Options, measured: Measured) -> None:
+    go_first()
+    uvloop.run(measure(options, console.say, measured, rss=routers_rss(options.url)))
+
+
+def routers_rss(url: str) -> Callable[[], int | None]:
+    """Return what returns the resident bytes of the Routers behind `url`, or None where they are not to be seen."""
+    try:
+        found = routers(url)
+    except NoRouter:
+        return lambda: None
+
+    def rss() -> int | None:
+        try:
+            return sum(router.memory_info().rss for router in found)
+        except psutil.Error:  # one of them has ended
+            return None
+
+    return rss
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -276,6 +494,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--capacity", type=int, default=defaults.capacity, help="requests its engines take at once")
     parser.add_argument("--tokens", type=int, default=defaults.tokens, help="output tokens of each request")
     parser.add_argument("--seconds", type=float, default=defaults.seconds, help="length of each phase")
+    parser.add_argument("--usual", type=float, default=defaults.usual, help="the load before and after, in paces")
     parser.add_argument("--times", type=float, default=defaults.times, help="the overload, in paces of the engines")
     parser.add_argument("--max-queue-wait", type=float, default=2.0, help="`router.max_queue_wait_s` of the server")
     console.add_json(parser)

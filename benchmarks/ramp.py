@@ -29,7 +29,7 @@ from typing import Any, Final
 import aiohttp
 
 from benchmarks import console
-from benchmarks.overload import Answer, percentile, send
+from benchmarks.overload import Answer, Sent, percentile, send
 from benchmarks.servers import MODEL_NAME, ROOT, EngineSettings, Groundswell, ServerError, has_cuda_build, make_model
 from benchmarks.servers import settings as engine_settings
 
@@ -62,14 +62,6 @@ class Options:
     threads: int = 1
     autoscaling: Mapping[str, Any] = field(default_factory=dict)
     scaling: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Sent:
-    """One request, by the seconds since the start."""
-
-    at_s: float
-    answer: Answer
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 MODEL_NAME = "tiny"
-START_LIMIT_S = 300.0
+START_LIMIT_S = 600.0
 STOP_LIMIT_S = 20.0
 _PR_SET_PDEATHSIG = 1
 

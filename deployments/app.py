@@ -12,7 +12,15 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from deployments.access.keys import configured
-from deployments.config import INDEXER_NAME, RETRIEVER_NAME, ROUTER_NAME, AppConfig, ModelConfig, merged
+from deployments.config import (
+    INDEXER_NAME,
+    LONGEST_STREAM_S,
+    RETRIEVER_NAME,
+    ROUTER_NAME,
+    AppConfig,
+    ModelConfig,
+    merged,
+)
 from deployments.engine import Engine
 from deployments.errors import ConfigError
 from deployments.indexer import Indexer
@@ -20,8 +28,6 @@ from deployments.outline import Outline, outline
 from deployments.retriever import Retriever
 from deployments.router import Router
 
-LONGEST_STREAM_S: Final = 600.0
-"""What draining waits for. Raise `graceful_shutdown_timeout_s` if streams of yours last longer."""
 POLICY: Final = "deployments.fleet.autoscaling:AutoscalingPolicy"
 METRICS_INTERVAL_S: Final = 1.0
 """How often Routers report their load. Serve 2.60 reads it here alone, and its own 10 s are longer than the delays."""

@@ -19,6 +19,8 @@ from deployments.errors import ConfigError
 ROUTER_NAME: Final = "Router"
 INDEXER_NAME: Final = "Indexer"
 RETRIEVER_NAME: Final = "Retriever"
+LONGEST_STREAM_S: Final = 600.0
+"""What draining waits for, in Serve and in HAProxy. Raise `graceful_shutdown_timeout_s` if streams last longer."""
 MAX_NUM_SEQS: Final = 256
 """Of a model that does not say: vLLM's default hangs on the GPU's memory, which Router and autoscaler cannot see."""
 

@@ -175,10 +175,13 @@ class Dispatcher:
                 logger.warning("Request %s: its client has not read for %g s", request_id, self._max_unread_s)
         except Exception:
             logger.exception("Request %s failed", request_id)
-            if status:
-                raise
             opaque = PublicError("The server had an internal error.")
-            await _respond(watched, opaque.status, json.dumps(opaque.body()).encode())
+            if streams:
+                await watched({"type": "http.response.body", "body": last_words(path, opaque)})
+            elif status:
+                raise
+            else:
+                await _respond(watched, opaque.status, json.dumps(opaque.body()).encode())
         finally:
             known = path if path in self._model_paths or path in self._own else self._prefix(path) or "other"
             status = 499 if hung_up else status

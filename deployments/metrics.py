@@ -29,8 +29,10 @@ METRICS: Final[Mapping[str, Metric]] = {
         ("model", "how"),
     ),
     "fleet_recovery_seconds": Metric("histogram", "From an engine's failure to the next delta.", ("model",)),
-    "fleet_request_seconds": Metric("histogram", "From placement to the end of a request.", ("model",)),
-    "fleet_time_to_first_token_seconds": Metric("histogram", "From placement to the first delta.", ("model",)),
+    "fleet_request_seconds": Metric("histogram", "From the Fleet's taking a request to its end.", ("model",)),
+    "fleet_time_to_first_token_seconds": Metric(
+        "histogram", "From the Fleet's taking a request to its first delta.", ("model",)
+    ),
     "fleet_requests_in_flight": Metric("gauge", "Sequences this Router holds.", ("model",)),
     "fleet_known_replicas": Metric("gauge", "Engine replicas that have joined this Router.", ("model",)),
     "channel_connected_engines": Metric("gauge", "Engine replicas connected to this Router's token channel."),

@@ -23,7 +23,7 @@ from deployments.errors import EngineFailure, EngineUnavailable, ModelNotFound
 from deployments.fleet.client import Exchange, Fleet, Ticket
 from deployments.fleet.placement import Ledger
 from deployments.fleet.replica_watch import watch
-from deployments.fleet.view import Cached, View, deployments_of
+from deployments.fleet.view import Cached, Deployment, View, deployments_of
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.file_search import Retriever
 from deployments.metrics import RayMetrics
@@ -41,8 +41,10 @@ logger = logging.getLogger("ray.serve.groundswell.router")
 
 _FLEET_METRICS_PERIOD_S = 5.0
 _JOIN_RETRY_S = 2.0
-_VIEW_FOR_S = 1.0
-"""How old the answer of `/fleet` may be. However many look, the controller is asked no more often."""
+_ACCOUNT_FOR_S = 1.0
+"""How old Serve's account in `/fleet` may be. However many look, the controller is asked no more often."""
+_VIEW_FOR_S = 0.2
+"""How old the rest of it may be."""
 
 
 class Router:
@@ -191,11 +193,16 @@ class Router:
         context = serve.get_replica_context()
         fleets = {model.deployment_name: model.fleet for model in self._models}
         view = View(fleets, context.replica_id.unique_id, clock=time.monotonic, wall=time.time)
-        details = ServeDetails(timeout_s=2 * _VIEW_FOR_S)
+        details = ServeDetails(timeout_s=2 * _ACCOUNT_FOR_S)
+
+        async def ask() -> dict[str, Deployment] | None:
+            said = await details.get()
+            return None if said is None else deployments_of(said, context.app_name)
+
+        account = Cached(ask, _ACCOUNT_FOR_S, clock=time.monotonic)
 
         async def make() -> bytes:
-            said = await details.get()
-            return json.dumps(view.body(None if said is None else deployments_of(said, context.app_name))).encode()
+            return json.dumps(view.body(await account.get())).encode()
 
         cached = Cached(make, _VIEW_FOR_S, clock=time.monotonic)
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from deployments.config import LONGEST_STREAM_S
 from deployments.launch.preflight import free_port
 
 RUN_ID: Final = "GROUNDSWELL_RUN_ID"
 """In the environment of every process of a run, and only there: how they are found again."""
-
-LONGEST_STREAM_S: Final = 600
 
 
 def for_run(run_id: str, run_folder: Path, config_folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
@@ -49,7 +48,7 @@ def everywhere() -> dict[str, str]:
         # The controller looks at everything ten times a second unless told otherwise: 7% of a core.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         # A reload of HAProxy must not cut a stream that the old worker still carries.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": f"{LONGEST_STREAM_S:.0f}",
         # When a replica dies, what it started dies with it (Ray's default, said here because we rely on it).
         "RAY_process_group_cleanup_enabled": "1",
         # Nothing is reported to anybody.

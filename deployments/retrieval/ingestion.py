@@ -12,8 +12,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -44,6 +44,7 @@ from deployments.retrieval.records import (
 )
 from deployments.retrieval.rules import check_dimension, check_usable, no_batch, no_file, no_member, no_store
 from deployments.retrieval.sandbox import Sandbox
+from deployments.retrieval.stages import staged
 from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows, chunks_table, is_missing
 from deployments.retrieval.writer import Fenced, Writer
 
@@ -131,6 +132,7 @@ class Ingestion:
         self._config = config
         self._writer, self._reader, self._blobs, self._sandbox = writer, reader, blobs, sandbox
         self._metrics = metrics
+        self._staged = partial(staged, metrics, "indexer_stage_seconds")
         self._embed = embed
         self._max_chunk_tokens = max_chunk_tokens
         self._clock = clock
@@ -716,14 +718,6 @@ class Ingestion:
                     seconds,
                 )
         self._metrics.set("indexer_waiting_files", len(self._jobs))
-
-    @asynccontextmanager
-    async def _staged(self, stage: str, times: dict[str, float]) -> AsyncIterator[None]:
-        """Count how long a stage takes, and note it for a line in the log."""
-        started = time.monotonic()
-        yield
-        times[stage] = time.monotonic() - started
-        self._metrics.observe("indexer_stage_seconds", times[stage], stage=stage)
 
     # The house
 

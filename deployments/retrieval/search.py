@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from deployments.config import DocumentsConfig
@@ -18,6 +18,7 @@ from deployments.retrieval.ports import Embed, Metrics, Score
 from deployments.retrieval.reader import Found, Reader, StoreGone
 from deployments.retrieval.records import Hit, Ranking, VectorStore
 from deployments.retrieval.rules import check_dimension, check_usable, no_store
+from deployments.retrieval.stages import staged
 
 logger = logging.getLogger("ray.serve.groundswell.retriever")
 
@@ -58,6 +59,7 @@ class Searcher:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._reader, self._metrics = config, reader, metrics
+        self._staged = partial(staged, metrics, "retriever_stage_seconds")
         self._embed, self._score, self._touch = embed, score, touch
         self._clock = clock
         self._lookups = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
@@ -256,14 +258,6 @@ class Searcher:
             await touch(store_ids)
         except PublicError as error:
             logger.warning("The use of %s could not be noted: %s", ", ".join(store_ids), error.message)
-
-    @asynccontextmanager
-    async def _staged(self, stage: str, times: dict[str, float]) -> AsyncIterator[None]:
-        """Count how long a stage takes, and note it for the search's line in the log."""
-        started = time.monotonic()
-        yield
-        times[stage] = time.monotonic() - started
-        self._metrics.observe("retriever_stage_seconds", times[stage], stage=stage)
 
 
 def _check(store_ids: Sequence[str], queries: Sequence[str], max_results: int, ranking: Ranking) -> None:

@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any, Final
 
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 _NOT_CONTINUED: Final[dict[str, Callable[[SamplingParams], object]]] = {
@@ -61,15 +61,20 @@ def reproducible(request: EngineCoreRequest) -> bool:
     return params is not None and params.seed is not None and params.temperature > 0
 
 
-def over(request: EngineCoreRequest, tokens: Sequence[int], max_model_len: int) -> FinishReason | None:
-    """Return why nothing may follow `tokens`, if so: an engine that is asked for the rest would add one more."""
+def end_of(request: EngineCoreRequest, tokens: Sequence[int], max_model_len: int) -> EngineCoreOutput | None:
+    """Return the end that an engine left out, if nothing may follow `tokens`: for the rest, another would add more.
+
+    vLLM's scheduler says the end in the output that brings the last token, so that none of its ends is left out.
+    """
     params = request.sampling_params
     assert params is not None and request.prompt_token_ids is not None
-    if tokens and (tokens[-1] == params.eos_token_id or tokens[-1] in (params.stop_token_ids or ())):
-        return FinishReason.STOP
+    if tokens and tokens[-1] == params.eos_token_id:
+        return EngineCoreOutput("0", [], finish_reason=FinishReason.STOP)
+    if tokens and tokens[-1] in (params.stop_token_ids or ()):
+        return EngineCoreOutput("0", [], finish_reason=FinishReason.STOP, stop_reason=tokens[-1])
     longest = max_model_len - len(request.prompt_token_ids)
     if len(tokens) >= min(longest, longest if params.max_tokens is None else params.max_tokens):
-        return FinishReason.LENGTH
+        return EngineCoreOutput("0", [], finish_reason=FinishReason.LENGTH)
     return None
 
 

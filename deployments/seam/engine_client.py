@@ -184,10 +184,10 @@ class RequestSubmission:
                 "Send the request again.",
                 retry_after_s=1,
             )
-        reason = continuation.over(request, self._tokens, self._max_model_len)
-        if reason is None:
+        end = continuation.end_of(request, self._tokens, self._max_model_len)
+        if end is None:
             return "continued"
-        self.deliver(EngineCoreOutput("0", [], finish_reason=reason), None)
+        self.deliver(end, None)
         return "finished"
 
     def fail(self, error: PublicError) -> None:

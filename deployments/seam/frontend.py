@@ -6,6 +6,7 @@ Source: `vllm/entrypoints/launchers/app.py` (`build_app`) and `launchers/api_ser
 from __future__ import annotations
 
 import copy
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -13,13 +14,15 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.tasks import SupportedTask
 
 from deployments.errors import NotFound, PublicError
-from deployments.seam import short_work
+from deployments.seam import messages_api, short_work
 from deployments.seam.engine_client import FleetClient, PublicHTTPError
+from deployments.seam.messages_api import as_public
 
 _COUNTED_TEXTS: Final = 1024
 
@@ -90,12 +93,17 @@ async def build_model_app(args: Namespace, client: FleetClient) -> FastAPI:
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in MOUNTED]
+    messages_api.take_over(app)
+    for name in ("openai_serving_chat", "openai_serving_completion"):
+        if (serving := getattr(app.state, name, None)) is not None:
+            serving.create_streaming_error_response = partial(_last_event, serving.create_streaming_error_response)
     # The load is counted by the Router; vLLM's own metrics and scaling middleware guard what is not there.
     app.user_middleware[:] = [m for m in app.user_middleware if _is_kept(m, args)]
     app.add_exception_handler(PublicHTTPError, _public_error)
     app.add_exception_handler(Exception, _opaque)
     app.add_exception_handler(404, partial(_not_for_this_model, args.served_model_name[0]))
     app.middleware_stack = None
+    app.add_middleware(_Outspoken)
     return app
 
 
@@ -105,23 +113,65 @@ def _is_kept(middleware: Any, args: Namespace) -> bool:
     return middleware.cls.__name__ in ("CORSMiddleware", "BaseHTTPMiddleware") or qualified in args.middleware
 
 
+class _Outspoken:
+    """Raises what a client may read, where vLLM's app ends a stream by an exception and Starlette hides it in another.
+
+    Args:
+        app: Everything else.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:
+            public = _public_in(error)
+            if public is None:
+                raise
+            raise public from error
+
+
+def _public_in(error: BaseException | None) -> PublicError | None:
+    """Return what was behind an exception, if it is for clients. A group is the context of what is taken out of it."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, PublicHTTPError):
+            return error.error
+        seen.add(id(error))
+        error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
+    return None
+
+
+def _last_event(theirs: Callable[..., str], message: str | Exception, *args: Any, **kwargs: Any) -> str:
+    """Return the error that ends a stream: the same object that a plain answer would have been."""
+    if isinstance(message, Exception):
+        message = as_public(message) or message
+    if isinstance(message, PublicHTTPError):
+        return json.dumps(message.error.body())
+    return theirs(message, *args, **kwargs)
+
+
 async def _public_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, PublicHTTPError)
-    return _response(exc.error)
+    return _response(exc.error, request)
 
 
 async def _opaque(request: Request, exc: Exception) -> JSONResponse:
     """Answer for what nobody foresaw: vLLM would put the exception's own words there. It is raised on, and logged."""
-    return _response(PublicError("The server had an internal error."))
+    return _response(PublicError("The server had an internal error."), request)
 
 
 async def _not_for_this_model(name: str, request: Request, exc: Exception) -> JSONResponse:
     """Answer for a path that some models serve, and this one does not: vLLM mounts what the model can do."""
-    return _response(NotFound(f"The model `{name}` does not serve {request.url.path}.", param="model"))
+    return _response(NotFound(f"The model `{name}` does not serve {request.url.path}.", param="model"), request)
 
 
-def _response(error: PublicError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+def _response(error: PublicError, request: Request) -> JSONResponse:
+    is_anthropics = request.url.path.startswith(messages_api.PATH)
+    body = messages_api.body(error) if is_anthropics else error.body()
+    return JSONResponse(body, status_code=error.status, headers=error.headers())
 
 
 async def list_models(app: FastAPI) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
-from deployments.app import LONGEST_STREAM_S, assemble
-from deployments.config import AppConfig, FleetConfig, ModelConfig
+from deployments.app import assemble
+from deployments.config import LONGEST_STREAM_S, AppConfig, FleetConfig, ModelConfig
 from deployments.launch import environment
 from tests.cluster.manifests import CLUSTER, ROOT, crd, documents, mistakes, schema_mistakes
 

@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from deployments.metrics import METRICS
-from tests.cluster.manifests import CLUSTER
+from tests.cluster.manifests import CLUSTER, ROOT
 
 MONITORING = CLUSTER / "monitoring"
+OPERATIONS = ROOT / "docs" / "operations.md"
 HISTOGRAM = ("_bucket", "_sum", "_count")
 _NAME = re.compile(r"\bray_[a-z_]+")
 
@@ -89,6 +90,12 @@ def test_labels_of_our_own_metrics_are_ones_they_have() -> None:
             assert labels <= set(METRICS[name].tags), (name, labels)
             seen += bool(labels)
     assert seen > 10
+
+
+def test_the_documentation_names_every_metric_its_kind_and_its_labels() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (counter|gauge|histogram) \|([\w, ]*)\|", OPERATIONS.read_text(), re.MULTILINE)
+    documented = {name: (kind, set(re.findall(r"\w+", tags))) for name, kind, tags in rows}
+    assert documented == {name: (metric.kind, set(metric.tags)) for name, metric in METRICS.items()}
 
 
 def test_panels_have_room_and_names_of_their_own() -> None:

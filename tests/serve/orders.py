@@ -24,6 +24,9 @@ HANG_LATER = "hang-later"
 """Produce some tokens of a request, and never another one."""
 FREEZE = "freeze"
 """After some tokens of a request stop the whole process for a while: no token, no heartbeat, no answer."""
+HURRY = "hurry"
+"""While this lies there, tokens take `HURRIED_S`. Nobody takes it away."""
+HURRIED_S = 0.001
 SOME_TOKENS = 3
 REACHES_S = 3
 """After that the tokens so far have reached the client: it is for the test to say that they did."""
@@ -150,6 +153,11 @@ async def obey(notes: Notes, produced: int) -> None:
         os._exit(1)
 
 
+async def make(notes: Notes, settings: Settings) -> None:
+    """Take the time that a token takes."""
+    await asyncio.sleep(HURRIED_S if _order(notes, HURRY).exists() else settings.token_s)
+
+
 def read(folder: Path, model: str) -> dict[str, Notes]:
     """Return the notes of those of a model's replicas that live and have joined a Router."""
     notes = [Notes(**json.loads(path.read_text())) for path in folder.glob(f"{model}-*.json")]
@@ -157,15 +165,19 @@ def read(folder: Path, model: str) -> dict[str, Notes]:
 
 
 def give(folder: Path, model: str, order: str) -> Path:
-    """Leave an order for the one replica of `model` that takes it first; its file is gone then."""
+    """Leave an order for the one replica of `model` that takes it first, unless none does; its file is gone then."""
     path = folder / f"{model}-{order}"
     path.touch()
     return path
 
 
+def _order(notes: Notes, order: str) -> Path:
+    return Path(notes.folder) / f"{notes.model}-{order}"
+
+
 def _take(notes: Notes, order: str) -> bool:
     try:
-        (Path(notes.folder) / f"{notes.model}-{order}").unlink()
+        _order(notes, order).unlink()
     except FileNotFoundError:
         return False
     return True

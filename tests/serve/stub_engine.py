@@ -9,7 +9,7 @@ from deployments import messages as m
 from deployments.config import FleetConfig, ModelConfig
 from deployments.fleet.channel import EngineEnd
 from deployments.metrics import NoMetrics
-from tests.serve.orders import Notes, Settings, Wire, obey
+from tests.serve.orders import Notes, Settings, Wire, make, obey
 
 
 class StubEngine:
@@ -34,7 +34,7 @@ class StubEngine:
                     await asyncio.sleep(prompt_tokens * self.set.prefill_s)
                 while sent < wanted and run not in self.aborted:
                     await obey(self.notes, sent)
-                    await asyncio.sleep(self.set.token_s)
+                    await make(self.notes, self.set)
                     link.send(m.DELTAS, self.wire.token(stream, run, sent, prompt_tokens, wanted))
                     self.stepped, sent = time.monotonic(), sent + 1
             yield m.End(sent - 1, m.FINISHED if sent == wanted else m.ABORTED)

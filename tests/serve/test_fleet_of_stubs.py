@@ -229,15 +229,40 @@ def test_without_work_the_last_engine_leaves(stubs: Stubs) -> None:
     assert stubs.notes("zero") == {}
 
 
-def test_load_brings_a_second_engine_and_no_stream_is_cut(stubs: Stubs) -> None:
+def test_engines_come_and_go_with_the_load_and_no_stream_is_cut(stubs: Stubs) -> None:
+    """One that is to go finishes what it has: its stream is whole, and has not moved."""
     stubs.wait_for_engines("elastic", 1)
     answers = [stubs.ask("elastic", tokens=3000, stream=True) for _ in range(4)]
     streams = [events(answer) for answer in answers]
-    for stream in streams:
-        assert "error" not in next(stream)
+    said = [[next(stream)] for stream in streams]
     wait_for(lambda: stubs.engines("elastic") == 2, "a second engine", limit_s=200)
-    for stream in streams:
-        assert all("error" not in next(stream) for _ in range(20))
-    for answer in answers:
+    for heard, stream in zip(said, streams, strict=True):
+        heard += [next(stream) for _ in range(20)]
+    while min(note.running for note in stubs.notes("elastic").values()) == 0:
+        assert len(answers) < 8, "the second engine gets nothing"
+        answers.append(stubs.ask("elastic", tokens=3000, stream=True))
+        streams.append(events(answers[-1]))
+        said.append([next(streams[-1])])
+    assert not [event for heard in said for event in heard if "error" in event]
+
+    for answer in answers[1:-1]:
         answer.close()
-    wait_for(lambda: stubs.running("elastic") == 0, "all places are free again")
+    wait_for(lambda: {n.running for n in stubs.notes("elastic").values()} == {1}, "a stream is left on each engine")
+    before = stubs.notes("elastic")
+    wait_for(lambda: all(stubs.engines("elastic") == 1 for _ in range(2 * ROUTERS)), "one is to go", limit_s=200)
+    assert {note.running for note in stubs.notes("elastic").values()} == {1}, "it has ended, and with it its stream"
+    assert len(stubs.notes("elastic")) == 2
+    hurry = orders.give(stubs.folder, "elastic", orders.HURRY)
+    try:
+        for heard, stream in ((said[0], streams[0]), (said[-1], streams[-1])):
+            heard += stream
+        wait_for(lambda: len(stubs.notes("elastic")) == 1, "it goes when its stream is over")
+        ((replica, left),) = stubs.notes("elastic").items()
+        assert left.requests == before[replica].requests, "the other has taken its stream over"
+        undisturbed = list(events(stubs.ask("elastic", tokens=3000, stream=True)))
+    finally:
+        hurry.unlink()
+    for heard in (said[0], said[-1]):
+        assert heard[-1] == "[DONE]"
+        assert heard[-2]["usage"]["completion_tokens"] == 3000
+        assert words(heard) == words(undisturbed)

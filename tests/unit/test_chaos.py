@@ -15,7 +15,21 @@ import pytest_asyncio
 from aiohttp import web
 
 from benchmarks import chaos
-from benchmarks.chaos import FULL, LOSES_NO_ENGINE, QUICK, Answer, NotBack, Row, Strike, counts, gained, good, judge
+from benchmarks.chaos import (
+    ENGINES,
+    FULL,
+    HANG_UPS,
+    LOSES_NO_ENGINE,
+    QUICK,
+    Answer,
+    NotBack,
+    Row,
+    Strike,
+    counts,
+    gained,
+    good,
+    judge,
+)
 
 CLIENTS, TOKENS = 4, 40
 UNDISTURBED = Answer([1, 2, 3], "one two three", 3, [0.0, 1.0, 2.0], 200)
@@ -73,6 +87,12 @@ def test_each_routers_count_is_its_own_and_a_dead_ones_may_go() -> None:
 def test_rows_of_a_fault_add_up() -> None:
     both = Row(injected=1, in_flight=8, continued=4, longest_pause_s=2.0) + Row(injected=1, in_flight=7, broken=1)
     assert both == Row(injected=2, in_flight=15, continued=4, broken=1, longest_pause_s=2.0)
+    assert (Row(free_after=(0.8,)) + Row(free_after=(1.9, 0.9))).free_after == (0.8, 1.9, 0.9)
+
+
+def test_how_soon_places_were_free_is_told_by_its_median_and_its_worst() -> None:
+    rows = {"decode": Row(injected=3, in_flight=9, free_after=(0.8, 1.9, 0.9))}
+    assert "| decode | 3 | 9 |  |  | 0 | 0 | 0 | 0 |  |  | 0.9, 1.9 |  |" in chaos.table(rows)
 
 
 def test_only_a_routers_death_may_break_streams_and_what_hit_nobody_is_not_good() -> None:
@@ -81,7 +101,7 @@ def test_only_a_routers_death_may_break_streams_and_what_hit_nobody_is_not_good(
     for bad in (Row(broken=1), Row(refused=1), Row(tokens_off=1)):
         assert not good({"actor": hit + bad})
     assert not good({"actor": Row(injected=1, in_flight=8)}), "no request was at the engine that was lost"
-    assert not good({"client": Row(injected=1)})
+    assert not good({"decode": Row(injected=1)})
     assert not good({})
 
 
@@ -98,6 +118,9 @@ class StubHouse:
         on_fault: Called when a fault strikes.
         back: Whether the house is whole again after a fault.
         error: Ends all streams that run.
+        streams: Those that are open, waiting ones too.
+        begun: Those of them that have brought a token.
+        left: With what each wait for free places was called, and how many streams had begun by then.
     """
 
     def __init__(self) -> None:
@@ -107,13 +130,20 @@ class StubHouse:
         self.error: str | None = None
         self.doubles = False
         self.struck: list[str] = []
-        self.streams = self.moved = 0
+        self.streams = self.plain = self.begun = self.moved = 0
+        self.left: list[tuple[int, int]] = []
+        self.slots, self.prefill = asyncio.Semaphore(ENGINES * CLIENTS), asyncio.Lock()
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         tokens = [(len(body["prompt"]) + i) % 1000 for i in range(body["max_tokens"])]
         usage = {"completion_tokens": len(tokens)}
         if not body["stream"]:
+            self.plain += 1
+            try:
+                await asyncio.sleep(0.2)
+            finally:
+                self.plain -= 1
             return web.json_response({"choices": [{"token_ids": tokens, "text": str(tokens)}], "usage": usage})
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
@@ -122,40 +152,50 @@ class StubHouse:
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
         self.streams += 1
+        begun = 0
         try:
-            for token in tokens:
-                if self.error is not None:
-                    await say({"error": {"message": self.error}})
-                    break
-                await say({"choices": [{"token_ids": [token] * (1 + self.doubles), "text": f"{token} "}]})
-                await asyncio.sleep(0.005)
-            else:
-                await say({"choices": [], "usage": usage})
-            await response.write(b"data: [DONE]\n\n")
+            async with self.slots:
+                async with self.prefill:
+                    await asyncio.sleep(1e-5 * len(body["prompt"]))
+                for token in tokens:
+                    if self.error is not None:
+                        await say({"error": {"message": self.error}})
+                        break
+                    self.begun, begun = self.begun + (not begun), 1
+                    await say({"choices": [{"token_ids": [token] * (1 + self.doubles), "text": f"{token} "}]})
+                    await asyncio.sleep(0.005)
+                else:
+                    await say({"choices": [], "usage": usage})
+                await response.write(b"data: [DONE]\n\n")
         finally:
+            self.begun -= begun
             self.streams -= 1
         return response
 
     def strike(self, fault: str) -> Strike | None:
         house = self
 
-        class Struck(Strike):
-            def __call__(self, jobs: Sequence[asyncio.Task[None]]) -> None:
+        class Struck:
+            lost: Sequence[psutil.Process] = ()
+
+            def __call__(self) -> None:
                 house.struck.append(fault)
                 house.on_fault(fault)
-                if fault == "client":
-                    super().__call__(jobs)
 
-        return None if fault == "worker" else Struck(None, 0, ())
+            def end(self) -> None:
+                pass
+
+        return None if fault == "worker" else Struck()
 
     async def whole(self, since: float, lost: Sequence[psutil.Process] = ()) -> float:
         if self.struck and not self.back:
             raise NotBack("not whole again")
         return time.monotonic() - since
 
-    async def free(self, since: float) -> float:
+    async def free(self, since: float, left: int = 0) -> float:
+        self.left.append((left, self.begun))
         async with asyncio.timeout(10):
-            while self.streams:  # noqa: ASYNC110
+            while self.streams + self.plain > left:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         return time.monotonic() - since
 
@@ -196,13 +236,42 @@ async def test_faults_strike_while_all_streams_run_and_are_counted_each_by_itsel
         house.moved += 2 * (fault == "actor")
 
     house.on_fault = on_fault
-    rows, said = await ran(house, "actor", "worker", "client", "actor")
-    assert set(rows) == {"actor", "client"}
+    rows, said = await ran(house, "actor", "worker", "actor")
+    assert set(rows) == {"actor"}
     assert (rows["actor"].injected, rows["actor"].continued) == (2, 4)
     assert rows["actor"].in_flight >= 2 * (CLIENTS - 1)
-    assert rows["client"].free_after_s > 0
     assert good(rows)
     assert any("no such process" in line for line in said)
+
+
+@pytest.mark.asyncio
+async def test_clients_hang_up_in_the_queue_while_others_are_read_and_while_they_are_answered(
+    house: StubHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chaos, "SETTLED_S", 0.3)
+    rows: dict[str, Row] = {}
+    await chaos.run(house, HANG_UPS, CLIENTS, 400, lambda line: None, rows)
+    slots = ENGINES * CLIENTS
+    assert [rows[place].in_flight for place in HANG_UPS] == [slots, CLIENTS, CLIENTS]
+    (queued_left, queued_begun), _, (prefill_left, prefill_begun), _, (decode_left, decode_begun), _ = house.left
+    assert (queued_left, queued_begun) == (slots, slots), "those who are served stay, and the others go"
+    assert prefill_left == decode_left == 0
+    assert 0 < prefill_begun < CLIENTS, "some have been read, and some not"
+    assert decode_begun == CLIENTS - 1
+    assert all(len(rows[place].free_after) == 1 for place in HANG_UPS)
+    assert good(rows)
+
+
+@pytest.mark.asyncio
+async def test_a_place_that_stays_taken_is_no_success(house: StubHouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(since: float, left: int = 0) -> float:
+        raise NotBack("there is still work")
+
+    monkeypatch.setattr(house, "free", never)
+    rows: dict[str, Row] = {}
+    with pytest.raises(NotBack):
+        await chaos.run(house, ["decode"], CLIENTS, TOKENS, lambda line: None, rows)
+    assert rows == {}
 
 
 @pytest.mark.asyncio
@@ -242,7 +311,7 @@ async def test_what_was_seen_before_something_did_not_come_back_is_kept(house: S
 
 @pytest.mark.asyncio
 async def test_a_fault_that_would_not_end_in_time_is_left_out(house: StubHouse) -> None:
-    rows, said = await ran(house, "client", "client", until=time.monotonic())
+    rows, said = await ran(house, "actor", "decode", until=time.monotonic())
     assert rows == {}
     assert "2 faults are left out" in said[-1]
 

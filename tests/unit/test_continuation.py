@@ -260,6 +260,7 @@ async def test_the_last_place_of_the_context_is_neither_lost_nor_passed(stage: S
     [
         ("one two", {"max_tokens": 2}, FinishReason.LENGTH),
         ("one two", {"stop_token_ids": "last"}, FinishReason.STOP),
+        ("one <|im_end|>", {}, FinishReason.STOP),
         ("one two", {}, None),
     ],
 )
@@ -267,9 +268,10 @@ async def test_nothing_is_asked_for_beyond_the_end(
     stage: Stage, said: str, params: dict[str, Any], reason: FinishReason | None
 ) -> None:
     """An engine says the end with its last token; should it ever die in between, no token may be added."""
-    tokens = stage.tokens(said)[-2:]
+    tokens, stop = stage.tokens(said)[-2:], None
     if params.get("stop_token_ids"):
-        params = {"stop_token_ids": [tokens[-1]]}
+        stop = tokens[-1]
+        params = {"stop_token_ids": [stop]}
     outputs: list[RequestOutput] = []
     submission, collecting = await stage.ask(sampling(**params), outputs)
     submission.deliver(EngineCoreOutput("0", tokens), None)
@@ -278,6 +280,7 @@ async def test_nothing_is_asked_for_beyond_the_end(
     submission.abort()
     await collecting
     assert outputs[-1].outputs[0].finish_reason == ("abort" if reason is None else str(reason))
+    assert outputs[-1].outputs[0].stop_reason == stop
 
 
 TIED: list[tuple[str, dict[str, Any]]] = [

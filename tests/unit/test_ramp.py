@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from benchmarks.overload import Answer
-from benchmarks.ramp import STEPS, Moment, Options, Ramp, Run, Sent, counts, plot, rows, table
+from benchmarks.overload import Answer, Sent
+from benchmarks.ramp import STEPS, Moment, Options, Ramp, Run, counts, plot, rows, table
 
 
 @pytest.fixture

@@ -1,0 +1,91 @@
+"""Anthropic's messages, with errors that keep their status, headers and silence.
+
+vLLM's own routes catch whatever is raised, log it with a traceback, answer with the exception's words, and lose its
+headers: a refusal would cost more than its 429 saves and name no `Retry-After`. These do the same and let it through.
+
+Source: `vllm/entrypoints/anthropic/api_router.py`.
+"""
+
+# No `from __future__ import annotations`: FastAPI looks names up where vLLM's decorators are defined.
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NoReturn
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from vllm.entrypoints.anthropic.api_router import translate_error_response
+from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
+
+from deployments.errors import PublicError
+from deployments.seam.engine_client import PublicHTTPError
+
+PATH: Final = "/v1/messages"
+
+
+async def _create(request: AnthropicMessagesRequest, raw_request: Request) -> Response:
+    serving = raw_request.app.state.anthropic_serving_messages
+    return await _answer(serving.create_messages(request, raw_request))
+
+
+async def _count(request: AnthropicCountTokensRequest, raw_request: Request) -> Response:
+    serving = raw_request.app.state.anthropic_serving_messages
+    return await _answer(serving.count_tokens(request, raw_request))
+
+
+async def _answer(work: Awaitable[Any]) -> Response:
+    try:
+        made = await work
+    except Exception as error:
+        if as_public(error) is not None:
+            raise
+        made = create_error_response(error)
+    if isinstance(made, ErrorResponse):
+        return translate_error_response(made)
+    if isinstance(made, BaseModel):
+        return JSONResponse(made.model_dump(exclude_none=True))
+    return StreamingResponse(made, media_type="text/event-stream")
+
+
+def as_public(error: Exception) -> PublicHTTPError | None:
+    """Return what a client may hear of an exception: None where vLLM has chosen the words, as for a bad request."""
+    if isinstance(error, PublicHTTPError):
+        return error
+    if create_error_response(error).error.code == 500:  # nobody foresaw it
+        return PublicHTTPError(PublicError("The server had an internal error."))
+    return None
+
+
+def _raise(error: str | Exception, *_: Any, **__: Any) -> NoReturn:
+    """Let a failure out of the chat's stream under these messages, which would take an error event for a broken one."""
+    if isinstance(error, Exception):
+        raise as_public(error) or error
+    raise PublicHTTPError(PublicError(error))
+
+
+def take_over(app: FastAPI) -> None:
+    """Put these routes in the place of vLLM's, where the model has them."""
+    serving = getattr(app.state, "anthropic_serving_messages", None)
+    if serving is None:
+        return
+    serving.create_streaming_error_response = _raise
+    ours: dict[str, Callable[..., Any]] = {PATH: _create, f"{PATH}/count_tokens": _count}
+    for index, route in enumerate(app.router.routes):
+        if isinstance(route, APIRoute) and route.path in ours:
+            app.router.routes[index] = APIRoute(
+                route.path,
+                with_cancellation(load_aware_call(ours[route.path])),
+                methods=route.methods,
+                dependencies=route.dependencies,
+                responses=route.responses,
+                response_model=None,
+            )
+
+
+def body(error: PublicError) -> dict[str, Any]:
+    """Return Anthropic's error object."""
+    return {"type": "error", "error": {"type": error.type, "message": error.message}}
