@@ -45,7 +45,16 @@ import psutil
 from benchmarks import console
 from benchmarks.client import WORDS
 from benchmarks.replicas import cores, engines, routers, workers
-from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
+from benchmarks.servers import (
+    MODEL_NAME,
+    ROOT,
+    EngineSettings,
+    Groundswell,
+    ServerError,
+    has_cuda_build,
+    make_model,
+    settings,
+)
 from deployments.launch.environment import RUN_ID
 from deployments.launch.processes import is_alive
 
@@ -574,8 +583,10 @@ def main(arguments: list[str] | None = None) -> int:
     make_model(model)
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(prefix="groundswell-chaos-") as folder:
+        base = settings(model, gpu=has_cuda_build())
         server = Groundswell(
-            settings(model, gpu=has_cuda_build()),
+            # A Worker to kill, which a single one on a CPU or GPU would not be.
+            EngineSettings({**base.engine_args, "distributed_executor_backend": "mp"}, base.environment),
             Path(folder),
             engines=ENGINES,
             fleet={"engine_stall_timeout_s": 10, "heartbeat_interval_s": HEARTBEAT_S},
