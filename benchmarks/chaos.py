@@ -675,9 +675,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(prefix="groundswell-chaos-") as folder:
         base = settings(model, gpu=has_cuda_build())
+        # So narrow that requests queue and prompts take steps; with a Worker to kill, which a single one would not be.
         narrow = {"max_num_seqs": given.clients, "max_num_batched_tokens": PREFILL_TOKENS}
         server = Groundswell(
-            EngineSettings({**base.engine_args, **narrow}, base.environment),
+            EngineSettings({**base.engine_args, **narrow, "distributed_executor_backend": "mp"}, base.environment),
             Path(folder),
             engines=ENGINES,
             fleet={"engine_stall_timeout_s": 10, "heartbeat_interval_s": HEARTBEAT_S},

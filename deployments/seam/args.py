@@ -123,6 +123,14 @@ def _collect(name: str, parser: ArgumentParser, sections: Mapping[str, Mapping[s
     return options
 
 
+IN_ENGINE_CORE: Final = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""The model runs in EngineCore, as on one GPU.
+
+On a CPU vLLM would start a Worker even for a single one, to bind its threads to cores, and takes "uni" for that, too.
+Where nothing is bound, the Worker costs one more import of vLLM, its memory, and two more processes' hands per step.
+"""
+
+
 def _argv(parser: ArgumentParser, options: Mapping[str, Any]) -> list[str]:
     actions = {action.dest: action for action in parser._actions}
     argv: list[str] = []
@@ -172,6 +180,7 @@ def engine_args(args: Namespace, *, num_gpus: float = 1.0) -> AsyncEngineArgs:
     """
     from vllm import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+    from vllm.platforms import current_platform
 
     args = Namespace(**vars(args))
     if args.gpu_memory_utilization is None:
@@ -180,9 +189,12 @@ def engine_args(args: Namespace, *, num_gpus: float = 1.0) -> AsyncEngineArgs:
     result: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(args)
     if result.runner == "pooling":
         propagate_flash_late_interaction(args, result)
-    if result.distributed_executor_backend is None and result.tensor_parallel_size * result.pipeline_parallel_size > 1:
-        # Left alone, vLLM inside a Ray actor may choose Ray workers, which would want GPUs of their own.
-        result.distributed_executor_backend = "mp"
+    if result.distributed_executor_backend is None:
+        if result.tensor_parallel_size * result.pipeline_parallel_size > 1:
+            # Left alone, vLLM inside a Ray actor may choose Ray workers, which would want GPUs of their own.
+            result.distributed_executor_backend = "mp"
+        elif current_platform.is_cpu() and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
+            result.distributed_executor_backend = IN_ENGINE_CORE
     return result
 
 

@@ -117,6 +117,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("failover")
     tiny_random.write(folder / "model")
     engine_args = {"model": str(folder / "model"), "dtype": "float32", "max_model_len": 1024, "enforce_eager": True}
+    engine_args["distributed_executor_backend"] = "mp"  # a Worker to kill: on a CPU there would be none
     model = {"name": "tiny", "engine_args": engine_args, "deployment": {"num_replicas": 2}}
     router = {
         "deployment": {"num_replicas": 1},

@@ -18,7 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from deployments.seam import frontend
-from deployments.seam.args import lora_int_id, parse_args
+from deployments.seam.args import engine_args, lora_int_id, parse_args
 from deployments.seam.engine_client import FleetClient
 from deployments.seam.wire import Codec, Delta
 from models import tiny_random
@@ -191,6 +191,30 @@ def test_options_arrive_as_from_the_command_line() -> None:
     assert args.enable_prefix_caching is False
     assert [module.name for module in args.lora_modules] == ["sql"]
     assert args.enable_prompt_tokens_details is True
+
+
+@pytest.mark.parametrize(
+    ("options", "bind", "executor"),
+    [
+        ({}, "nobind", "UniProcExecutor"),
+        ({}, "auto", "MultiprocExecutor"),
+        ({"distributed_executor_backend": "mp"}, "nobind", "MultiprocExecutor"),
+        ({"tensor_parallel_size": 2}, "nobind", "MultiprocExecutor"),
+    ],
+)
+def test_on_a_cpu_a_single_worker_that_binds_no_threads_runs_in_engine_core(
+    options: dict[str, Any], bind: str, executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.executor import Executor
+
+    if not current_platform.is_cpu():
+        pytest.skip("this vLLM is not built for CPUs")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    model = {"model": str(tiny_random.write(tmp_path / "model")), "max_model_len": 256, "enforce_eager": True}
+    config = engine_args(parse_args("m", {**model, **options}, {})).create_engine_config()
+    assert Executor.get_class(config).__name__ == executor
 
 
 def test_spans_of_the_engine_are_made_of_what_we_call_them_with() -> None:
