@@ -78,8 +78,8 @@ bench: $(INSTALLED_DEV) ## Compare with other servers on this machine, over HTTP
 chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare what clients got. QUICK=1: each fault once. ARGS: --help.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos $(if $(QUICK),--quick) $(ARGS)
 
-ramp: $(INSTALLED_DEV) ## Have engines follow a load that rises and falls, from none and back: a table and a plot.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ramp
+ramp: $(INSTALLED_DEV) ## Have engines follow a load that rises and falls, from none and back: a table and a plot. ARGS: --help.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ramp $(ARGS)
 
 clean: ## Remove the environment, caches and the model of random weights.
 	rm -rf $(VENV) models/tiny-random .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
