@@ -1,7 +1,7 @@
 """What becomes of requests when more come than engines can do, over HTTP only.
 
 python -m benchmarks.overload                                # starts Groundswell, measures, stops it
-python -m benchmarks.overload --url http://127.0.0.1:8000    # one that runs on this machine
+python -m benchmarks.overload --url http://127.0.0.1:8000    # one that runs; with keys, name one in GROUNDSWELL_API_KEY
 
 The pace of the engines is measured first, with as many clients as they take at once. Then requests arrive at random, at
 that pace, at four times that pace, and at that pace again: an open loop, in which nobody waits for anybody.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from benchmarks.servers import MODEL_NAME, ROOT, EngineSettings, Groundswell, Se
 from benchmarks.servers import settings as engine_settings
 
 DRAIN_LIMIT_S = 120.0
+KEY_VARIABLE = "GROUNDSWELL_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,16 @@ class Phase:
             self.broken[str(answer.broken)] += 1
 
 
-async def measure(options: Options, say: Callable[[str], None]) -> dict[str, Phase]:
-    """Run all phases."""
+async def measure(options: Options, say: Callable[[str], None], key: str | None = None) -> dict[str, Phase]:
+    """Run all phases.
+
+    Raises:
+        ServerError: Requests failed while nothing was overloaded.
+    """
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=DRAIN_LIMIT_S)
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=DRAIN_LIMIT_S),
+        headers={} if key is None else {"authorization": f"Bearer {key}"},
     ) as session:
         for _ in range(2):  # the first time warms everything up
             pace = await _pace(session, options)
@@ -241,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.url:
             options = Options(given.url.rstrip("/"), given.model, **wanted)
-            phases = asyncio.run(measure(options, console.say))
+            phases = asyncio.run(measure(options, console.say, given.key))
         else:
             options, phases = _started(wanted, given.max_queue_wait)
     except ServerError as problem:
@@ -272,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Options("")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--url", help="a server that runs, in place of one that is started")
+    parser.add_argument("--key", default=os.environ.get(KEY_VARIABLE), help=f"its API key, else ${KEY_VARIABLE}")
     parser.add_argument("--model", default=defaults.model)
     parser.add_argument("--capacity", type=int, default=defaults.capacity, help="requests its engines take at once")
     parser.add_argument("--tokens", type=int, default=defaults.tokens, help="output tokens of each request")
