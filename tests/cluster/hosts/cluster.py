@@ -16,7 +16,7 @@ import requests
 import yaml
 
 from deployments.access import keys
-from deployments.launch.environment import everywhere, write_haproxy
+from deployments.launch.environment import on_a_cluster, write_haproxy
 from models import tiny_random
 from tests.cluster.hosts.machines import Host, Hosts
 from tests.e2e.serving import ROOT
@@ -60,18 +60,15 @@ class Cluster:
         folder = self.hosts.folder
         others = ("RAY_", "GROUNDSWELL_", "XDG_", "PYTHONDONTWRITEBYTECODE")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(others)}
-        own = everywhere() | {
+        own = on_a_cluster(_BIN) | {
             # Some forty processes start, and each would compile torch, Ray and vLLM: half of what importing them costs.
             "PYTHONPYCACHEPREFIX": str(ROOT / ".pytest_cache" / "bytecode"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
             "HF_HUB_OFFLINE": "1",
-            "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token_file),
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self._haproxy),  # as `groundswell environment` has it, of this tree
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self._haproxy),  # the same, of this tree
             "GROUNDSWELL_OWN_NODE_FIRST": "1",
             "RAY_raylet_start_wait_time_s": "120",  # a busy machine
-            # Workers wait that long for a head that is gone. Ray's default of 60 s would end them.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             # What lies in /tmp otherwise. On all nodes it goes by what the head has, with the node's id below that.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
