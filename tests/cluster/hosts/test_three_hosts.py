@@ -110,6 +110,7 @@ class Clients:
             if answer == expected:
                 continue
             assert (len(answer.tokens), answer.finish_reason) == (len(expected.tokens), expected.finish_reason), prompt
+            assert answer.tokens != expected.tokens, f"{prompt}: the same tokens, and another text"
             pairs = enumerate(zip(answer.tokens, expected.tokens, strict=True))
             place, pair = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
             nats = self._likelier(at[0], prompt, expected.tokens[:place], *pair)
