@@ -117,9 +117,14 @@ async def test_a_model_without_targets_reports_nothing() -> None:
 async def test_serve_asks_in_the_thread_that_changes_what_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     replica = await in_a_replica(model(scaling={"queued_prompt_tokens": 1000}))
     asked_in: set[int] = replica._callable._llm.asked_in
-    monkeypatch.setattr(Waits, "stats", lambda self, now: asked_in.add(threading.get_ident()) or {})
+
+    def stats(waits: Waits, now: float) -> dict[str, float]:
+        asked_in.add(threading.get_ident())
+        return {}
+
+    monkeypatch.setattr(Waits, "stats", stats)
     for asked in (replica.call_user_health_check(), replica.call_record_autoscaling_stats()):
         assert asked is not None
-        await asked  # type: ignore[misc]
+        await asked
         assert asked_in == {threading.get_ident()}
         asked_in.clear()
