@@ -219,5 +219,6 @@ def ray_start(host: Host) -> list[str]:
     own = ["--node-ip-address", host.address, "--temp-dir", str(host.folder / "ray")]
     # Ports that are given need not be waited for: a busy machine may need more than the 15 s after which Ray gives up.
     ports = ["--dashboard-agent-grpc-port", "52366", "--runtime-env-agent-port", "52367"]
+    ports += ["--metrics-export-port", "8080"]
     store = ["--object-store-memory", str(OBJECT_STORE_BYTES)]
     return [str(_BIN / "ray"), "start", *own, *ports, *store, "--disable-usage-stats"]
