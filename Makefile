@@ -48,12 +48,19 @@ install: $(INSTALLED) ## Install what `make serve` needs into .venv.
 test: check browser host-tools ## Check, then test: units, cluster files, Ray with a stub engine, the whole with vLLM, several hosts. LONG=1: all of it.
 	HF_HUB_OFFLINE=1 GROUNDSWELL_TEST_LONG=$(LONG) $(BIN)/python -m pytest tests/unit tests/serve tests/e2e tests/cluster
 
-# What tests/cluster/hosts makes hosts with. Where it is missing and cannot be installed, those tests are skipped and say so.
+# What tests/cluster/hosts makes hosts with, and Prometheus for alerts and dashboard. Where one is missing and cannot be
+# installed, its tests are skipped and say so.
 host-tools:
-	@if ! { command -v ip && command -v redis-server; } >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "Installing iproute2 and redis-server for tests/cluster/hosts"; \
-	  { apt-get update -qq; RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends iproute2 redis-server; } \
-	    >/dev/null 2>&1 || echo "They could not be installed"; \
+	@missing=; for tool in ip:iproute2 redis-server:redis-server promtool:prometheus; do \
+	  command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; \
+	done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing$$missing for tests"; \
+	  apt-get update -qq >/dev/null 2>&1; \
+	  for package in $$missing; do \
+	    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $$package >/dev/null 2>&1 || \
+	      echo "$$package could not be installed"; \
+	  done; \
 	fi
 
 check: $(INSTALLED_DEV) ## Lint, format, types (strict, see pyproject.toml) and the direction of imports.
@@ -78,8 +85,8 @@ bench: $(INSTALLED_DEV) ## Compare with other servers on this machine, over HTTP
 chaos: $(INSTALLED) ## Kill and hang engines and Routers under load, and compare what clients got. QUICK=1: each fault once. ARGS: --help.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos $(if $(QUICK),--quick) $(ARGS)
 
-ramp: $(INSTALLED_DEV) ## Have engines follow a load that rises and falls, from none and back: a table and a plot.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ramp
+ramp: $(INSTALLED_DEV) ## Have engines follow a load that rises and falls, from none and back: a table and a plot. ARGS: --help.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ramp $(ARGS)
 
 clean: ## Remove the environment, caches and the model of random weights.
 	rm -rf $(VENV) models/tiny-random .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info

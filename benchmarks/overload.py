@@ -1,7 +1,7 @@
 """What becomes of requests when more come than engines can do, over HTTP only.
 
 python -m benchmarks.overload                                # starts Groundswell, measures, stops it
-python -m benchmarks.overload --url http://127.0.0.1:8000    # one that runs
+python -m benchmarks.overload --url http://127.0.0.1:8000    # one that runs; with keys, name one in GROUNDSWELL_API_KEY
 
 The pace of the engines is measured first, with as many clients as they take at once. Then requests arrive at random,
 first at a part of that pace, then at all of it, at four times it, and at that part again: an open loop, in which
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import sys
 import tempfile
@@ -42,6 +43,7 @@ SAMPLES_S: Final = 0.5
 NORMAL_FOR_S: Final = 3.0
 """Of that many seconds' requests all must be let in, and most as fast as before, for all to be normal again."""
 STEP_S: Final = 0.5
+KEY_VARIABLE: Final = "GROUNDSWELL_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,14 @@ async def measure(
     measured: Measured,
     *,
     rss: Callable[[], int | None] = lambda: None,
+    key: str | None = None,
 ) -> None:
     """Run all phases; what is seen goes into `measured` as it comes. `rss` returns the Routers' resident bytes now."""
     async with (
         aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=DRAIN_LIMIT_S)
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=DRAIN_LIMIT_S),
+            headers={} if key is None else {"authorization": f"Bearer {key}"},
         ) as session,
         _watching(measured, rss),
     ):
@@ -435,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
     measured = Measured()
     try:
         if given.url:
-            _run(options, measured)
+            _run(options, measured, given.key)
         else:
             _started(options, given.max_queue_wait, measured)
     except ServerError as problem:
@@ -465,9 +470,9 @@ def _started(options: Options, max_queue_wait_s: float, measured: Measured) -> N
             server.stop()
 
 
-def _run(options: Options, measured: Measured) -> None:
+def _run(options: Options, measured: Measured, key: str | None = None) -> None:
     go_first()
-    uvloop.run(measure(options, console.say, measured, rss=routers_rss(options.url)))
+    uvloop.run(measure(options, console.say, measured, rss=routers_rss(options.url), key=key))
 
 
 def routers_rss(url: str) -> Callable[[], int | None]:
@@ -490,6 +495,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Options("")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--url", help="a server that runs, in place of one that is started")
+    parser.add_argument("--key", default=os.environ.get(KEY_VARIABLE), help=f"its API key, else ${KEY_VARIABLE}")
     parser.add_argument("--model", default=defaults.model)
     parser.add_argument("--capacity", type=int, default=defaults.capacity, help="requests its engines take at once")
     parser.add_argument("--tokens", type=int, default=defaults.tokens, help="output tokens of each request")

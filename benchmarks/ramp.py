@@ -6,7 +6,8 @@
 
 One request wakes the first engine. Its pace is measured with as many clients as Serve aims at for one engine. Then
 requests arrive at random, an open loop, in steps of that pace up and down again. When all is done the engines go, and
-one request more wakes one again. Nothing is told to the server: what runs and should is read from what it prints.
+one request more wakes one again. Nothing is told to the server: what runs and should is read from what it prints. A run
+that is stopped, or fails, prints and writes what it has seen by then.
 """
 
 from __future__ import annotations
@@ -111,14 +112,25 @@ def counts(log: str) -> tuple[int, int] | None:
 
 
 class Run:
-    """One ramp against a server that has just started."""
+    """One ramp against a server that has just started.
 
-    def __init__(self, server: Groundswell, options: Options, say: Callable[[str], None]) -> None:
-        self._server, self._options, self._say = server, options, say
-        self._ramp, self._begin, self._ongoing = Ramp(), time.perf_counter(), 0
+    Args:
+        server: Which.
+        options: What is sent.
+        say: Hears how far it is.
+        ramp: Filled as it goes.
+    """
 
-    async def run(self) -> Ramp:
-        """Run it all."""
+    def __init__(self, server: Groundswell, options: Options, say: Callable[[str], None], ramp: Ramp) -> None:
+        self._server, self._options, self._say, self._ramp = server, options, say, ramp
+        self._begin, self._ongoing = time.perf_counter(), 0
+
+    async def run(self) -> None:
+        """Run it all.
+
+        Raises:
+            ServerError: The first request was not answered, or engines without work did not go.
+        """
         timeout = aiohttp.ClientTimeout(total=LIMIT_S)
         async with (
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session,
@@ -129,7 +141,6 @@ class Run:
             await self._up_and_down(session)
             await self._until_none()
             await self._from_zero(session)
-        return self._ramp
 
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:
@@ -178,18 +189,19 @@ class Run:
         self._say(f"one engine's pace: {self._ramp.pace:.1f} requests a second with {clients} clients")
 
     async def _up_and_down(self, session: aiohttp.ClientSession) -> None:
-        rng, tasks = random.Random(7), []
-        for number, times in enumerate(STEPS):
-            begin, rate = self._now, times * self._ramp.pace
-            due = begin
-            while due - begin < self._options.seconds:
-                await asyncio.sleep(max(0.0, due - self._now))
-                tasks.append(asyncio.create_task(self._send(session, f"{number} {len(tasks)}")))
-                due += rng.expovariate(rate)
-            self._ramp.steps.append((begin, self._now, rate))
-            last = self._ramp.moments[-1]
-            self._say(f"{times:g}x: {last.running} of {last.wanted} engines, {last.ongoing} requests ongoing")
-        await asyncio.gather(*tasks)
+        rng, sent = random.Random(7), 0
+        async with asyncio.TaskGroup() as tasks:
+            for number, times in enumerate(STEPS):
+                begin, rate = self._now, times * self._ramp.pace
+                due = begin
+                while due - begin < self._options.seconds:
+                    await asyncio.sleep(max(0.0, due - self._now))
+                    tasks.create_task(self._send(session, f"{number} {sent}"))
+                    sent += 1
+                    due += rng.expovariate(rate)
+                self._ramp.steps.append((begin, self._now, rate))
+                last = self._ramp.moments[-1]
+                self._say(f"{times:g}x: {last.running} of {last.wanted} engines, {last.ongoing} requests ongoing")
 
     async def _until_none(self) -> None:
         begin = self._now
@@ -231,8 +243,10 @@ def table(ramp: Ramp) -> str:
             f"{row['offered_per_s']:>7.1f}{row['ongoing']:>9.1f}{wanted:>8}{running:>9}"
             f"{row['ttft_p50_s']:>9.2f} s{row['ttft_p99_s']:>7.2f} s{row['rejected_share']:>10.0%}"
         )
-    first, again = ramp.from_zero_s
-    lines.append(f"\nfrom zero {first:.0f} s, again {again:.0f} s; to zero {ramp.to_zero_s:.0f} s")
+    waits = [f"{name} {s:.0f} s" for name, s in zip(("from zero", "again"), ramp.from_zero_s, strict=False)]
+    lines.append(f"\n{', '.join(waits)}" + (f"; to zero {ramp.to_zero_s:.0f} s" if ramp.to_zero_s else ""))
+    if ramp.broken:
+        lines.append(f"{len(ramp.broken)} requests were neither answered nor refused, one by {ramp.broken[0]}")
     return "\n".join(lines)
 
 
@@ -260,7 +274,13 @@ def plot(ramp: Ramp, path: Path) -> None:
     engines.step(times, [moment.wanted for moment in ramp.moments], where="post", color="tab:orange", label="wanted")
     engines.step(times, [moment.running for moment in ramp.moments], where="post", color="tab:green", label="running")
     answered = [(sent.at_s, sent.answer.ttft_s) for sent in ramp.sent if sent.answer.ttft_s is not None]
-    ttft.scatter(*zip(*answered, strict=True), s=4, color="tab:purple", label="time to the first token, s")
+    ttft.scatter(
+        [at_s for at_s, _ in answered],
+        [ttft_s for _, ttft_s in answered],
+        s=4,
+        color="tab:purple",
+        label="time to the first token, s",
+    )
     ttft.set_yscale("log")
     shares = rows(ramp)
     refused.bar(
@@ -309,37 +329,48 @@ def main(arguments: list[str] | None = None) -> int:
         autoscaling=dict(given.autoscaling),
         scaling=scaling or None,
     )
-    try:
-        ramp = _started(options)
-    except ServerError as problem:
-        print(f"benchmarks: {problem}", file=sys.stderr)
-        return 1
-    plot(ramp, given.plot)
-    print(f"\n{table(ramp)}\n\n{given.plot}")
-    console.report(as_json(options, ramp), given.json)
+    ramp = Ramp()
+    with tempfile.TemporaryDirectory(prefix="groundswell-ramp-") as folder:
+        server = _server(options, Path(folder))
+        try:
+            server.start()
+            console.say(f"ready after {server.startup_s:.0f} s, with no engine")
+            asyncio.run(Run(server, options, console.say, ramp).run())
+        except ServerError as problem:
+            print(f"ramp: {problem}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("ramp: stopped", file=sys.stderr)
+            return 130
+        finally:
+            try:
+                if ramp.sent:  # before anything else that may take its time
+                    _report(options, ramp, given)
+            finally:
+                server.stop()
     return 1 if ramp.broken else 0
 
 
-def _started(options: Options) -> Ramp:
+def _report(options: Options, ramp: Ramp, given: argparse.Namespace) -> None:
+    console.say(f"\n{table(ramp)}")
+    console.report(as_json(options, ramp), given.json)
+    sys.stdout.flush()
+    plot(ramp, given.plot)
+    console.say(f"\n{given.plot}")
+
+
+def _server(options: Options, folder: Path) -> Groundswell:
     model = ROOT / "models" / "tiny-random"
     make_model(model)
     base = engine_settings(model, gpu=has_cuda_build())
     environment = {**base.environment, **({} if has_cuda_build() else {"OMP_NUM_THREADS": str(options.threads)})}
-    settings = EngineSettings({**base.engine_args, "max_num_seqs": options.capacity}, environment)
-    with tempfile.TemporaryDirectory(prefix="groundswell-ramp-") as folder:
-        server = Groundswell(
-            settings,
-            Path(folder),
-            engines=options.engines,
-            autoscaling={"min_replicas": 0, **options.autoscaling},
-            scaling=options.scaling,
-        )
-        try:
-            server.start()
-            console.say(f"ready after {server.startup_s:.0f} s, with no engine")
-            return asyncio.run(Run(server, options, console.say).run())
-        finally:
-            server.stop()
+    return Groundswell(
+        EngineSettings({**base.engine_args, "max_num_seqs": options.capacity}, environment),
+        folder,
+        engines=options.engines,
+        autoscaling={"min_replicas": 0, **options.autoscaling},
+        scaling=options.scaling,
+    )
 
 
 def _option(text: str) -> tuple[str, Any]:

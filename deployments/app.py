@@ -175,15 +175,18 @@ def engine_options(model: ModelConfig, known: Outline, *, gpu: bool) -> dict[str
         model: With the user's own options, which win.
         known: What its options say.
         gpu: Whether the vLLM installed here runs on GPUs. Where the app is built on a node without, a model says so by
-            its `num_gpus` or its placement group.
+            its `num_gpus`, its placement group, or Ray workers.
 
     Raises:
         ConfigError: Options that contradict each other.
     """
     given = model.deployment
-    gpu = gpu or ((given.get("ray_actor_options") or {}).get("num_gpus") or 0) > 0 or "placement_group_bundles" in given
+    own_gpus = (given.get("ray_actor_options") or {}).get("num_gpus") or 0
+    gpu = gpu or own_gpus > 0 or "placement_group_bundles" in given or known.executor == "ray"
     options = _deployment_options(engine_defaults(known, gpu=gpu), given)
     if "placement_group_bundles" in options and "placement_group_bundles" not in given:
+        if own_gpus > 0:
+            raise ConfigError(f"model {model.name!r}: its Ray workers hold the GPUs; leave out `num_gpus`")
         _fit_the_group_to_its_actor(options)
     if "placement_group_bundles" in options and options.get("max_replicas_per_node") is not None:
         raise ConfigError(f"model {model.name!r}: Serve takes no `max_replicas_per_node` with a placement group")

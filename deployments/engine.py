@@ -291,8 +291,12 @@ class Engine:
             now=time.monotonic(),
         )
 
-    def _autoscaling_stats(self) -> dict[str, float]:
-        """For `fleet.autoscaling.AutoscalingPolicy`, by way of Serve's controller."""
+    async def _autoscaling_stats(self) -> dict[str, float]:
+        """For `fleet.autoscaling.AutoscalingPolicy`, by way of Serve's controller.
+
+        A coroutine, as `check_health` is: Serve runs plain methods in another thread, beside the loop that changes what
+        they read.
+        """
         return self._waits.stats(time.time())
 
     async def join(self, channel: m.ChannelAddress) -> m.EngineDescription:
@@ -304,7 +308,7 @@ class Engine:
         """Forget cached prefixes. For `handle.broadcast`."""
         return await self._llm.reset_prefix_cache()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Serve. A busy engine is healthy: only death, or work without a step for too long, is not.
 
         Raises:

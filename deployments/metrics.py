@@ -5,10 +5,18 @@ One table declares them all; names on the endpoint are `ray_groundswell_<name>`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from deployments.errors import EngineUnavailable
+
+FOUND_WITHIN_S: Final = 10.0
+REPEAT_S: Final = 5.0
+"""Ray forgets a gauge that is not set within two of its reports, 20 s: one that seldom changes would seldom be seen."""
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -29,10 +37,8 @@ METRICS: Final[Mapping[str, Metric]] = {
         ("model", "how"),
     ),
     "fleet_recovery_seconds": Metric("histogram", "From an engine's failure to the next delta.", ("model",)),
-    "fleet_request_seconds": Metric("histogram", "From the Fleet's taking a request to its end.", ("model",)),
-    "fleet_time_to_first_token_seconds": Metric(
-        "histogram", "From the Fleet's taking a request to its first delta.", ("model",)
-    ),
+    "fleet_request_seconds": Metric("histogram", "From taking a request to its end.", ("model",)),
+    "fleet_time_to_first_token_seconds": Metric("histogram", "From taking a request to its first delta.", ("model",)),
     "fleet_requests_in_flight": Metric("gauge", "Sequences this Router holds.", ("model",)),
     "fleet_known_replicas": Metric("gauge", "Engine replicas that have joined this Router.", ("model",)),
     "channel_connected_engines": Metric("gauge", "Engine replicas connected to this Router's token channel."),
@@ -70,24 +76,39 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 
 class RayMetrics:
-    """Declares each metric with Ray at its first use.
+    """Declares each metric with Ray at its first use, and repeats gauges from a thread of its own.
+
+    Args:
+        repeat_s: How often.
 
     Raises:
         KeyError: The metric is not in the table.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, repeat_s: float = REPEAT_S) -> None:
         self._made: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._lock = threading.Lock()  # or a value could be repeated after the one that follows it
+        threading.Thread(target=self._repeat, args=(repeat_s,), name="gauges", daemon=True).start()
 
     def inc(self, name: str, value: float = 1, **tags: str) -> None:
         if value > 0:
             self._metric(name).inc(value, tags=tags)
 
     def set(self, name: str, value: float, **tags: str) -> None:
-        self._metric(name).set(value, tags=tags)
+        with self._lock:
+            self._gauges[name, tuple(sorted(tags.items()))] = value
+            self._metric(name).set(value, tags=tags)
 
     def observe(self, name: str, value: float, **tags: str) -> None:
         self._metric(name).observe(max(value, 0.0), tags=tags)
+
+    def _repeat(self, every_s: float) -> None:
+        while True:
+            time.sleep(every_s)
+            with self._lock:
+                for (name, tags), value in self._gauges.items():
+                    self._metric(name).set(value, tags=dict(tags))
 
     def _metric(self, name: str) -> Any:
         made = self._made.get(name)
@@ -117,3 +138,47 @@ class NoMetrics:
 
     def observe(self, name: str, value: float, **tags: str) -> None:
         pass
+
+
+class NodeMetrics:
+    """What answers `/metrics`: Ray's endpoint of this node, so that a scraper of vLLM's finds the same here.
+
+    Args:
+        find: Returns its URL; None while there is none. It asks the head, which may be gone, and may take its time:
+            called in a thread, at once, and no more when it has said.
+        timeout_s: How long an answer waits for it.
+    """
+
+    def __init__(self, find: Callable[[], str | None], *, timeout_s: float = FOUND_WITHIN_S) -> None:
+        self._find, self._timeout_s = find, timeout_s
+        self._found = asyncio.ensure_future(asyncio.to_thread(find))
+
+    async def answer(self) -> tuple[int, str, bytes]:
+        """Return status, content type and body.
+
+        Raises:
+            EngineUnavailable: Ray exports nothing on this node, or nobody says where.
+        """
+        import requests
+
+        if self._found.done() and (self._found.exception() or self._found.result() is None):
+            self._found = asyncio.ensure_future(asyncio.to_thread(self._find))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                url = await asyncio.shield(self._found)
+        except TimeoutError:
+            url = None
+        if url is None:
+            raise EngineUnavailable("Ray exports no metrics on this node.")
+        answer = await asyncio.to_thread(requests.get, url, timeout=10)
+        answer.raise_for_status()
+        return 200, "text/plain; version=0.0.4; charset=utf-8", answer.content
+
+
+def endpoint_of_this_node() -> str | None:
+    """Return the URL of Ray's Prometheus endpoint on this node, by what the head says."""
+    import ray
+
+    me = ray.get_runtime_context().get_node_id()
+    port = next((node.get("MetricsExportPort") for node in ray.nodes() if node["NodeID"] == me), None)
+    return f"http://{ray.util.get_node_ip_address()}:{port}/metrics" if port else None

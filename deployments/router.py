@@ -26,7 +26,7 @@ from deployments.fleet.replica_watch import watch
 from deployments.fleet.view import Cached, Deployment, View, deployments_of
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.file_search import Retriever
-from deployments.metrics import RayMetrics
+from deployments.metrics import NodeMetrics, RayMetrics, endpoint_of_this_node
 from deployments.serve_calls import Calls, ServeDetails
 from deployments.tracing import TracedApp, Tracing
 from deployments.web.page import Page
@@ -123,7 +123,7 @@ class Router:
                 "/ping": self._health,
                 "/version": _version,
                 "/v1/models": self._list_models,
-                "/metrics": _node_metrics,
+                "/metrics": NodeMetrics(endpoint_of_this_node).answer,
                 "/fleet": self._fleet_view(),
             },
             lookups={"/v1/models/": self._find_model},
@@ -249,21 +249,6 @@ async def _version() -> tuple[int, str, bytes]:
 
     body = {"version": vllm.__version__, "groundswell": version("groundswell"), "ray": version("ray")}
     return 200, "application/json", json.dumps(body).encode()
-
-
-async def _node_metrics() -> tuple[int, str, bytes]:
-    """Pass on Ray's Prometheus endpoint of this node, so that a scraper of vLLM's `/metrics` finds the same here."""
-    import ray
-    import requests
-
-    me = ray.get_runtime_context().get_node_id()
-    port = next((n.get("MetricsExportPort") for n in ray.nodes() if n["NodeID"] == me), None)
-    if not port:
-        raise EngineUnavailable("Ray exports no metrics on this node.")
-    url = f"http://{ray.util.get_node_ip_address()}:{port}/metrics"
-    answer = await asyncio.to_thread(requests.get, url, timeout=10)
-    answer.raise_for_status()
-    return 200, "text/plain; version=0.0.4; charset=utf-8", answer.content
 
 
 class _ServeCalls:

@@ -70,6 +70,8 @@ def on_a_cluster(scripts: Path) -> dict[str, str]:
         **everywhere(),
         # HAProxy as `launch.haproxy` starts it. Without it a client that hangs up during its upload is not heard.
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(scripts / "groundswell-haproxy"),
+        # So long workers wait for a head that is gone, and what runs there answers. After the 60 s of Ray they end.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
         # Replicas unpickle what reaches their gRPC port: only with the token, which comes as the cluster's secrets do.
         "RAY_AUTH_MODE": "token",
     }

@@ -81,6 +81,12 @@ def test_a_name_that_does_not_exist_would_be_found() -> None:
     assert "ray_vllm_no_such_thing" not in known
 
 
+def test_each_metric_of_ours_is_explained() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|", (ROOT / "docs" / "operations.md").read_text(), re.M)
+    explained = {name: (kind, *filter(None, tags.strip().split(", "))) for name, kind, tags in rows}
+    assert {name: (metric.kind, *metric.tags) for name, metric in METRICS.items()}.items() <= explained.items()
+
+
 def test_labels_of_our_own_metrics_are_ones_they_have() -> None:
     matched = re.compile(r"ray_groundswell_([a-z_]+?)(?:_total|_bucket)?\{([^}]*)\}")
     seen = 0
@@ -115,6 +121,15 @@ def test_an_alert_says_whom_to_call_what_happened_and_what_to_do() -> None:
     for rule in rules():
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert rule["annotations"].keys() == {"summary", "runbook"}
+
+
+def test_each_alert_is_made_to_fire() -> None:
+    """By `promtool test rules`, where it is installed."""
+    tests = yaml.safe_load((MONITORING / "alerts.test.yaml").read_text())["tests"]
+    fired = {alert["alertname"] for test in tests for alert in test.get("alert_rule_test", []) if alert["exp_alerts"]}
+    samples = [s for test in tests for expr in test.get("promql_expr_test", []) for s in expr["exp_samples"]]
+    fired |= {name for sample in samples for name in re.findall(r'alertname="(\w+)"', sample["labels"])}
+    assert fired == {rule["alert"] for rule in rules()}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is in Debian's package prometheus")

@@ -21,7 +21,8 @@ import yaml
 from benchmarks.replicas import replicas
 from deployments.grounding.layout import Passage, passage_id
 from models import tiny_random
-from tests.e2e.serving import ROOT, Served, serving
+from tests.collector import Collector, over_grpc
+from tests.e2e.serving import ROOT, Served, serving, wait_for
 
 MODEL = "tiny"
 RESTARTS_WITHIN_S = 240
@@ -35,7 +36,13 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def collector() -> Iterator[Collector]:
+    with over_grpc() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("grounded")
     model = {
         "name": MODEL,
@@ -53,6 +60,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "router": {"deployment": {"num_replicas": 2}},
         "documents": {"uri": str(folder / "store"), "retriever": {"num_replicas": 2}},
         "grounding": {"search_timeout_s": 10},
+        "tracing": {"otlp_endpoint": collector.endpoint, "sample_ratio": 0},  # but for clients that want a trace
     }
     application = {"name": "groundswell", "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
     config = folder / "config.yaml"
@@ -105,6 +113,25 @@ def cites(client: openai.OpenAI, store: str) -> dict[str, Any]:
     (found,) = respond(client, store, tools=[tool(store, max_num_results=1)]).output[0].results
     marker = passage_id(Passage(found.file_id, found.filename, 0, found.text))
     return {"extra_body": {"structured_outputs": {"choice": [f"It turns twice a day [{marker}]."]}}}
+
+
+def test_one_trace_of_a_client_has_the_router_the_search_and_the_engine_and_others_have_none(
+    client: openai.OpenAI, store: str, collector: Collector
+) -> None:
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    respond(client, store)
+    respond(client, store, extra_headers={"traceparent": f"00-{trace}-{parent}-01"})
+    expected = {"Router POST", "call search", "Retriever.search", "llm_request"}
+    wait_for(lambda: expected <= collector.trace(trace).keys(), "all spans have come")
+    spans = collector.trace(trace)
+    router = spans["Router POST"]
+    assert router.parent == parent
+    assert spans["call search"].parent == spans["llm_request"].parent == router.id
+    assert spans["Retriever.search"].parent == spans["call search"].id
+    assert len({spans[name].service for name in ("Router POST", "Retriever.search", "llm_request")}) == 3
+    assert "gen_ai.latency.time_to_first_token" in spans["llm_request"].attributes
+    others = {name for other in collector.traces() - {trace} for name in collector.trace(other)}
+    assert not others & expected  # there may be vLLM's own, of how it starts
 
 
 def citation(annotation: Any) -> tuple[str, int]:

@@ -216,7 +216,8 @@ class TestEnvironment:
         shared = environment.everywhere()
         assert shared.items() <= cluster.items()
         assert shared.items() <= here.items()
-        assert cluster.keys() - shared.keys() == {"RAY_SERVE_HAPROXY_BINARY_PATH", "RAY_AUTH_MODE"}
+        own = {"RAY_SERVE_HAPROXY_BINARY_PATH", "RAY_AUTH_MODE", "RAY_gcs_rpc_server_reconnect_timeout_s"}
+        assert cluster.keys() - shared.keys() == own
         assert not [value for value in cluster.values() if "127.0.0.1" in value]
 
     def test_a_shell_takes_what_is_printed_for_a_clusters_node(self) -> None:

@@ -280,17 +280,17 @@ async def test_a_call_is_accepted_then_ended_and_deltas_leave_once_a_step(bench:
 
 @pytest.mark.asyncio
 async def test_a_prompt_waits_until_its_first_token_or_its_end(bench: Bench) -> None:
-    def waiting() -> float:
-        return bench.engine._autoscaling_stats()[QUEUED_TOKENS]
+    async def waiting() -> float:
+        return (await bench.engine._autoscaling_stats())[QUEUED_TOKENS]
 
     first, _, (served,) = await bench.started(b"a")
     second, _, _ = await bench.started(b"b")
-    assert waiting() == 6
+    assert await waiting() == 6
     bench.llm.produce(served, 1)
-    assert waiting() == 3
+    assert await waiting() == 3
     second.cancel()
     await asyncio.wait([second])
-    assert waiting() == 0
+    assert await waiting() == 0
     bench.llm.produce(served, 2, "stop")
     await first
 
@@ -386,27 +386,30 @@ def test_a_heartbeat_says_what_the_engine_says() -> None:
     assert bench.engine._beat() == m.Heartbeat(m.VERSION, "e1", "tiny", 2, 1, 0.25, 0.5, 3, TOTALS)
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("errored", "unfinished", "seconds_since_step", "words"),
     [(True, 0, 0.0, "dead"), (False, 2, 61.0, "owes a step and made none for 61 s")],
 )
-def test_a_dead_or_hung_engine_is_unhealthy(
+async def test_a_dead_or_hung_engine_is_unhealthy(
     errored: bool, unfinished: int, seconds_since_step: float, words: str
 ) -> None:
     bench = Bench()
     bench.llm.errored, bench.llm.unfinished, bench.llm.seconds_since_step = errored, unfinished, seconds_since_step
     with pytest.raises(EngineUnhealthy, match=words):
-        bench.engine.check_health()
+        await bench.engine.check_health()
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(("unfinished", "seconds_since_step"), [(0, 9999.0), (200, 59.0)])
-def test_an_idle_or_busy_engine_is_healthy(unfinished: int, seconds_since_step: float) -> None:
+async def test_an_idle_or_busy_engine_is_healthy(unfinished: int, seconds_since_step: float) -> None:
     bench = Bench()
     bench.llm.unfinished, bench.llm.seconds_since_step = unfinished, seconds_since_step
-    bench.engine.check_health()
+    await bench.engine.check_health()
 
 
-def test_a_hung_engine_stays_hung_when_its_work_is_taken_away_and_until_it_makes_a_step() -> None:
+@pytest.mark.asyncio
+async def test_a_hung_engine_stays_hung_when_its_work_is_taken_away_and_until_it_makes_a_step() -> None:
     bench = Bench()
     bench.llm.unfinished, bench.llm.seconds_since_step = 2, 61.0
     assert bench.engine._beat().seconds_since_step >= 61
@@ -415,9 +418,9 @@ def test_a_hung_engine_stays_hung_when_its_work_is_taken_away_and_until_it_makes
     assert beat.unfinished == 1
     assert beat.seconds_since_step >= 61
     with pytest.raises(EngineUnhealthy):
-        bench.engine.check_health()
+        await bench.engine.check_health()
     bench.llm.stats.steps += 1
-    bench.engine.check_health()
+    await bench.engine.check_health()
     assert (bench.engine._beat().unfinished, bench.engine._beat().seconds_since_step) == (0, 0.0)
 
 

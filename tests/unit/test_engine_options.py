@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray import serve
+from ray._private.label_utils import validate_label_selector
+from ray.serve._private import constants
 
-from deployments.app import engine_options
+from deployments.app import assemble, engine_options
 from deployments.config import AppConfig
 from deployments.engine import gpus_of, has_workers_elsewhere
 from deployments.errors import ConfigError
@@ -82,9 +87,71 @@ class TestWhere:
         made = options({"ray_actor_options": {"num_gpus": 1}}, gpu=False)
         assert made["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 1}
 
+    def test_ray_workers_want_gpus_wherever_the_app_is_built(self) -> None:
+        made = options(gpu=False, tensor_parallel_size=2, distributed_executor_backend="ray")
+        assert made["placement_group_bundles"] == [{"CPU": 1, "GPU": 1}, {"GPU": 1}]
+
+    def test_beside_ray_workers_the_replica_takes_no_gpu_of_its_own(self) -> None:
+        with pytest.raises(ConfigError, match="leave out `num_gpus`"):
+            options({"ray_actor_options": {"num_gpus": 2}}, tensor_parallel_size=2, distributed_executor_backend="ray")
+
     def test_so_many_on_a_node_and_a_group_do_not_go_together(self) -> None:
         with pytest.raises(ConfigError, match="max_replicas_per_node"):
             options({"max_replicas_per_node": 1}, pipeline_parallel_size=2, distributed_executor_backend="ray")
+
+
+DOCS = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+PLACES = re.search(r"### Where engines stand\n+(.*?)\n\n[^|]", DOCS, re.DOTALL)
+DOCUMENTED = [yaml.safe_load(code) for code in re.findall(r"`(\w+: .*?)`", PLACES[1] if PLACES else "")]
+
+
+class StubOfAny:
+    """A stub of an Engine, for its options alone."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+
+class TestAsDocumented:
+    """The ways to place replicas that docs/configuration.md lists are ones that the app is built with."""
+
+    def test_each_way_is_looked_at(self) -> None:
+        said = {key for way in DOCUMENTED for key in way}
+        assert said == {"max_replicas_per_node", "ray_actor_options", "engine_args", "router"}
+
+    @pytest.mark.parametrize("way", DOCUMENTED, ids=str)
+    def test_the_app_can_be_built_with_it(self, way: dict[str, Any]) -> None:
+        model: dict[str, Any] = {"name": "m", "engine_args": {"model": "./m", **way.get("engine_args", {})}}
+        args = {"models": [model], "router": way.get("router", {})}
+        model["deployment"] = {k: v for k, v in way.items() if k not in ("engine_args", "router")}
+        app = assemble(AppConfig.parse(args), StubOfAny)
+        router = app._bound_deployment
+        (engine,) = (bound._bound_deployment for bound in router.init_args[1].values())
+        if "max_replicas_per_node" in way:
+            assert engine._replica_config.max_replicas_per_node == 1
+        if "router" in way:
+            assert router._replica_config.max_replicas_per_node == 1
+        if "engine_args" in way:
+            assert len(engine._replica_config.placement_group_bundles) == 16
+
+    def test_a_label_may_choose_the_nodes_of_every_deployment(self) -> None:
+        (chosen,) = [way for way in DOCUMENTED if "ray_actor_options" in way]
+        assert validate_label_selector(chosen["ray_actor_options"]["label_selector"]) is None
+        args = {
+            "models": [{"name": "m", "engine_args": {"model": "./m"}, "deployment": chosen}],
+            "router": {"deployment": chosen},
+            "documents": {"uri": "./documents", "indexer": chosen, "retriever": chosen},
+        }
+        router = assemble(AppConfig.parse(args), StubOfAny)._bound_deployment
+        _, engines, documents = router.init_args
+        deployments = [router, *(bound._bound_deployment for bound in (*engines.values(), *documents))]
+        assert len(deployments) == 4
+        for deployment in deployments:
+            selector = deployment._replica_config.ray_actor_options["label_selector"]
+            assert selector == chosen["ray_actor_options"]["label_selector"]
+
+    def test_serve_knows_the_variable_that_packs(self) -> None:
+        (variable,) = set(re.findall(r"`(RAY_SERVE_\w+)=1`", PLACES[1] if PLACES else ""))
+        assert hasattr(constants, variable)
 
 
 class TestInTheEngine:

@@ -103,8 +103,11 @@ class StubServer:
         self.url, self.open, self.most = "", 0, 0
         self.refusal: dict[str, Any] = {"status": 429, "headers": {"retry-after": "2"}}
         self.error_in_stream = False
+        self.key: str | None = None
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
+        if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
         if self.open >= 2:
             return web.Response(**self.refusal)
         self.open += 1
@@ -149,6 +152,18 @@ async def test_requests_come_at_all_loads_one_after_the_other_and_memory_is_look
     assert over["refused"] > 0
     assert over["tpot_p50_s"] >= 0.02
     assert promised(options, seen)["router_rss_mb"] == {"before": 5.0, "most": 5.0, "end": 5.0}
+
+
+@pytest.mark.asyncio
+async def test_a_server_with_keys_is_measured_with_one_and_not_without(stub: StubServer) -> None:
+    stub.key = "gs-a"
+    options = Options(stub.url, capacity=2, tokens=1, seconds=0.2)
+    with pytest.raises(ServerError, match="401"):
+        await measure(options, lambda line: None, Measured())
+    seen = Measured()
+    await measure(options, lambda line: None, seen, key="gs-a")
+    assert seen.whole
+    assert not seen.broken
 
 
 @pytest.mark.asyncio

@@ -109,11 +109,36 @@ class StubServer:
 
 
 @pytest.mark.asyncio
+async def test_what_a_run_that_is_stopped_has_seen_is_kept(tmp_path: Path) -> None:
+    stub, seen = StubServer(tmp_path), Ramp()
+    server: Any = stub
+
+    def stop(_: str) -> None:
+        if len(seen.steps) == 2:
+            run.cancel()
+
+    async with stub.running(), asyncio.timeout(60):
+        run = asyncio.create_task(Run(server, Options(capacity=4, seconds=0.2), stop, seen).run())
+        await asyncio.wait([run])
+    assert len(seen.steps) == 2
+    shown = table(seen).splitlines()
+    assert len(shown) == 1 + len(seen.steps) + 2
+    assert shown[-1].startswith("from zero ") and "again" not in shown[-1]
+    plot(seen, tmp_path / "ramp.png")
+    assert (tmp_path / "ramp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_answered_is_shown(ramp: Ramp) -> None:
+    ramp.sent.append(Sent(13.0, Answer(broken="TimeoutError: ")))
+    assert table(ramp).splitlines()[-1] == "1 requests were neither answered nor refused, one by TimeoutError: "
+
+
+@pytest.mark.asyncio
 async def test_it_goes_up_and_down_and_waits_until_the_last_engine_has_gone(tmp_path: Path) -> None:
     stub = StubServer(tmp_path)
     server: Any = stub
     async with stub.running():
-        seen = await Run(server, Options(capacity=4, seconds=0.5, tokens=1), lambda line: None).run()
+        await Run(server, Options(capacity=4, seconds=0.5, tokens=1), lambda line: None, seen := Ramp()).run()
     assert seen.broken == []
     assert len(seen.steps) == len(STEPS)
     assert len(seen.from_zero_s) == 2

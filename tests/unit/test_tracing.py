@@ -1,7 +1,13 @@
-"""One trace from a client through the Router to Retriever and Engine. Spans stay in memory: no collector, no Ray."""
+"""One trace from a client through the Router to Retriever and Engine, without Ray: in memory, and sent to a collector.
+
+vLLM's own span is in `tests/e2e/test_file_search.py`.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +17,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from deployments.app import assemble
-from deployments.config import AppConfig
+from deployments.config import AppConfig, TracingConfig
 from deployments.dispatch import Message, Receive, Scope, Send
 from deployments.errors import ConfigError
 from deployments.retriever import Retriever
 from deployments.serve_calls import Calls
 from deployments.tracing import TracedApp, Tracing
+from tests.collector import Collector, over_grpc, over_http
 from tests.serve.stub_engine import StubEngine
 
 pytestmark = pytest.mark.asyncio
@@ -124,6 +131,36 @@ async def test_a_search_is_a_span_here_and_a_child_of_it_in_the_retriever(bench:
     assert far.parent is not None and far.context is not None
     assert far.parent.span_id == here["call search"].context.span_id
     assert far.context.trace_id == here["Router POST"].context.trace_id
+
+
+@pytest.mark.parametrize(("protocol", "collecting"), [(None, over_grpc), ("http/protobuf", over_http)])
+async def test_a_collector_gets_the_spans_of_each_process_by_the_protocol_that_is_set(
+    protocol: str | None,
+    collecting: Callable[[], AbstractContextManager[Collector]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", raising=False)
+    if protocol is not None:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+    with collecting() as collector:
+        config = TracingConfig(otlp_endpoint=collector.endpoint, sample_ratio=0)  # but the client has decided
+        router, retriever = (Tracing.start(config, service) for service in ("router", "retriever"))
+
+        async def search() -> None:
+            with router.span("call search"), retriever.span("Retriever.search", router.headers()):
+                pass
+
+        await ask(TracedApp(answering([], search), router), traceparent=CLIENT)
+        await ask(TracedApp(answering([]), router))
+        for tracing in (retriever, router):
+            assert await asyncio.to_thread(tracing._provider.force_flush)
+        assert len(collector.traces()) == 1
+        got = collector.trace(CLIENT.split("-")[1])
+    assert {name: (span.service, span.parent) for name, span in got.items()} == {
+        "Router POST": ("groundswell-router", CLIENT.split("-")[2]),
+        "call search": ("groundswell-router", got["Router POST"].id),
+        "Retriever.search": ("groundswell-retriever", got["call search"].id),
+    }
 
 
 async def test_without_tracing_the_retriever_is_called_as_ever() -> None:

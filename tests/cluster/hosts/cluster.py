@@ -16,7 +16,7 @@ import requests
 import yaml
 
 from deployments.access import keys
-from deployments.launch.environment import write_haproxy
+from deployments.launch.environment import on_a_cluster, write_haproxy
 from models import tiny_random
 from tests.cluster.hosts.machines import Host, Hosts
 from tests.e2e.serving import ROOT
@@ -60,24 +60,15 @@ class Cluster:
         folder = self.hosts.folder
         others = ("RAY_", "GROUNDSWELL_", "XDG_", "PYTHONDONTWRITEBYTECODE")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(others)}
-        return inherited | {
+        own = on_a_cluster(_BIN) | {
             # Some forty processes start, and each would compile torch, Ray and vLLM: half of what importing them costs.
             "PYTHONPYCACHEPREFIX": str(ROOT / ".pytest_cache" / "bytecode"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
             "HF_HUB_OFFLINE": "1",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token_file),
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self._haproxy),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self._haproxy),  # the same, of this tree
             "GROUNDSWELL_OWN_NODE_FIRST": "1",
-            "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": "120",  # a busy machine
-            # Workers wait that long for a head that is gone. Ray's default of 60 s would end them.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             # What lies in /tmp otherwise. On all nodes it goes by what the head has, with the node's id below that.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -85,6 +76,7 @@ class Cluster:
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         }
+        return inherited | own
 
     def boot(self, name: str) -> Host:
         """Start a host, without Ray."""
@@ -173,28 +165,35 @@ class Cluster:
         return {row["node_ip"]: row["state"] for row in sorted(rows, key=lambda row: row["state"] == "ALIVE")}
 
     def serve(self) -> dict[str, Any]:
-        """Return Serve's own account of what it runs."""
-        answer = self.ask_dashboard("/api/serve/applications/", self.token)
-        answer.raise_for_status()
-        details: dict[str, Any] = answer.json()
+        """Return Serve's own account of what it runs: empty while the dashboard or Serve's controller is on its way."""
+        try:
+            answer = self.ask_dashboard("/api/serve/applications/", self.token)
+            answer.raise_for_status()
+            details: dict[str, Any] = answer.json()
+        except requests.RequestException:
+            return {}
         return details
+
+    def _app(self) -> dict[str, Any]:
+        app: dict[str, Any] = self.serve().get("applications", {}).get("groundswell", {})
+        return app
 
     def is_up(self) -> bool:
         """Whether the app runs; fails where Serve has given it up."""
-        app = self.serve()["applications"].get("groundswell", {})
+        app = self._app()
         assert app.get("status") != "DEPLOY_FAILED", app
         return app.get("status") == "RUNNING"
 
     def replicas(self, deployment: str) -> dict[str, str]:
         """Return the id of the running replica on each host of a deployment, by the host's name."""
         names = {host.address: name for name, host in self.hosts.by_name.items()}
-        found = self.serve()["applications"]["groundswell"]["deployments"][deployment]["replicas"]
+        found = self._app().get("deployments", {}).get(deployment, {}).get("replicas", [])
         return {names[r["node_ip"]]: r["replica_id"] for r in found if r["state"] == "RUNNING"}
 
     def proxies(self) -> set[str]:
         """Return the names of the hosts with a healthy HAProxy."""
         names = {host.address: name for name, host in self.hosts.by_name.items()}
-        return {names[p["node_ip"]] for p in self.serve()["proxies"].values() if p["status"] == "HEALTHY"}
+        return {names[p["node_ip"]] for p in self.serve().get("proxies", {}).values() if p["status"] == "HEALTHY"}
 
     def url(self, name: str) -> str:
         """Return where a host serves the API."""
@@ -220,5 +219,6 @@ def ray_start(host: Host) -> list[str]:
     own = ["--node-ip-address", host.address, "--temp-dir", str(host.folder / "ray")]
     # Ports that are given need not be waited for: a busy machine may need more than the 15 s after which Ray gives up.
     ports = ["--dashboard-agent-grpc-port", "52366", "--runtime-env-agent-port", "52367"]
+    ports += ["--metrics-export-port", "8080"]
     store = ["--object-store-memory", str(OBJECT_STORE_BYTES)]
     return [str(_BIN / "ray"), "start", *own, *ports, *store, "--disable-usage-stats"]

@@ -52,7 +52,8 @@ def test_metrics_can_be_scraped(served: Served) -> None:
 
     url = re.search(r"http://\S+/metrics", served.output)
     assert url is not None
-    assert "ray_" in requests.get(url[0], timeout=30).text
+    for address in (url[0], f"http://127.0.0.1:{served.port}/metrics"):
+        assert "ray_" in requests.get(address, timeout=30).text
 
 
 def test_routers_and_engines_are_not_put_behind_everything_else_on_the_machine(served: Served) -> None:

@@ -1,0 +1,113 @@
+"""Our metrics on Ray's side, whose recorder is a stub; and the endpoint of a node, passed on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from deployments.errors import EngineUnavailable
+from deployments.metrics import METRICS, NodeMetrics, RayMetrics
+
+LIMIT_S = 30
+
+
+class Gauge:
+    """Keeps what it is set to."""
+
+    made: dict[str, Gauge]
+
+    def __init__(self, name: str, description: str, tags: tuple[str, ...]) -> None:
+        self.heard: list[tuple[float, dict[str, str]]] = []
+        self.made[name] = self
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.heard.append((value, tags))
+
+
+@pytest.fixture
+def gauges(monkeypatch: pytest.MonkeyPatch) -> dict[str, Gauge]:
+    import ray.util
+
+    Gauge.made = {}
+    stub: Any = SimpleNamespace(Gauge=Gauge, Counter=None)
+    monkeypatch.setattr(ray.util, "metrics", stub, raising=False)
+    return Gauge.made
+
+
+def test_a_gauge_that_is_set_once_is_repeated_or_ray_would_forget_it(gauges: dict[str, Gauge]) -> None:
+    assert METRICS["fleet_known_replicas"].kind == "gauge"
+    metrics = RayMetrics(repeat_s=0.01)
+    metrics.set("fleet_known_replicas", 1, model="a")
+    metrics.set("fleet_known_replicas", 7, model="b")
+    metrics.set("fleet_known_replicas", 2, model="a")
+    heard = gauges["groundswell_fleet_known_replicas"].heard
+    deadline = time.monotonic() + LIMIT_S
+    while len(heard) < 9:
+        assert time.monotonic() < deadline, "it is not repeated"
+        time.sleep(0.01)
+    assert heard[-1][0] in (2, 7)
+    last_two = [(value, tags["model"]) for value, tags in heard[-2:]]
+    assert sorted(last_two) == [(2, "a"), (7, "b")]
+
+
+class Head:
+    """Says where a node's endpoint is, as often as it is asked, or falls silent."""
+
+    def __init__(self, *urls: str | None) -> None:
+        self.urls, self.asked = list(urls), 0
+        self.silence = threading.Event()
+
+    def find(self) -> str | None:
+        self.asked += 1
+        if not self.urls:
+            self.silence.wait(LIMIT_S)
+            return None
+        return self.urls.pop(0)
+
+
+@pytest_asyncio.fixture
+async def endpoint() -> AsyncIterator[str]:
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(text="ray_one 1")
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with TestServer(app) as server:
+        yield str(server.make_url("/metrics"))
+
+
+@pytest.mark.asyncio
+async def test_the_head_is_asked_once_where_a_nodes_endpoint_is_and_may_then_be_gone(endpoint: str) -> None:
+    head = Head(endpoint)
+    node = NodeMetrics(head.find)
+    for _ in range(3):
+        status, _, body = await node.answer()
+        assert (status, body) == (200, b"ray_one 1")
+    assert head.asked == 1
+
+
+@pytest.mark.asyncio
+async def test_an_endpoint_that_is_not_there_yet_is_asked_for_again(endpoint: str) -> None:
+    node = NodeMetrics(Head(None, endpoint).find)
+    with pytest.raises(EngineUnavailable):
+        await node.answer()
+    assert (await node.answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_a_head_that_is_gone_holds_nobody_up() -> None:
+    head = Head()
+    node = NodeMetrics(head.find, timeout_s=0.01)
+    for _ in range(3):
+        with pytest.raises(EngineUnavailable):
+            await node.answer()
+    assert head.asked == 1, "one thread waits, not one for each who asks"
+    head.silence.set()
