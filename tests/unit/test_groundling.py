@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from deployments.grounding.layout import MARKER, REFUSAL, Passage, lay_out
 from models.groundling_maker import tokenizer as tokens
 from models.groundling_maker.data import GREETING, Conversation, Level, Writer, segments
+from models.groundling_maker.network import BLOCK, CausalAttention, Network, Shape
 from models.groundling_maker.questions import PASSAGES, QUESTIONS
 
 MODEL = Path(__file__).parents[2] / "models" / "groundling"
@@ -129,3 +132,27 @@ def test_each_character_of_a_citation_is_a_token(tokenizer: Any) -> None:
     assert tokenizer.tokenize("[k3f9]") == ["[", "k", "3", "f", "9", "]"]
     header = tokenizer.tokenize('<passage id="k3f9" source="a.md">\n')
     assert header[:6] == ['<passage id="', "k", "3", "f", "9", '" source="']
+
+
+def test_attention_in_blocks_is_causal_attention_forwards_and_backwards() -> None:
+    inputs = torch.randn(3, 2, 2 * BLOCK + 7, 16, generator=torch.Generator().manual_seed(1))
+    of_ours, of_torchs = ([each.clone().requires_grad_() for each in inputs] for _ in range(2))
+    ours = CausalAttention.apply(*of_ours)
+    torchs = F.scaled_dot_product_attention(*of_torchs, is_causal=True, scale=1.0)
+    torch.testing.assert_close(ours, torchs)
+    for mixed in (ours, torchs):
+        mixed.square().sum().backward()
+    for mine, theirs in zip(of_ours, of_torchs, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_that_is_trained_is_the_qwen3_that_is_served() -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    network = Network(Shape(300), seed=3)
+    served = Qwen3ForCausalLM(Qwen3Config(**network.shape.to_hf()))
+    served.load_state_dict({**network.to_hf(), "lm_head.weight": network.embed_tokens.weight})
+    ids = torch.randint(300, (2, BLOCK + 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = network.logits(network(ids, torch.arange(ids.shape[1]).repeat(2, 1))[0])
+        torch.testing.assert_close(ours, served.eval()(ids).logits, rtol=1e-3, atol=1e-3)
