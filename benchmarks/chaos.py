@@ -31,6 +31,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import math
 import random
 import re
 import signal
@@ -344,7 +345,7 @@ class House:
         body = {"prompt": [*asked, *said], "max_tokens": 1, "temperature": 0, "logprobs": 5}
         answer = self._post("/v1/completions", {**body, "model": MODEL_NAME, "return_tokens_as_token_ids": True})
         (likely,) = answer["choices"][0]["logprobs"]["top_logprobs"]
-        return float(likely.get(f"token_id:{one}", -100.0) - likely.get(f"token_id:{other}", -100.0))
+        return likelier(likely, one, other)
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return json.loads(self._read(path, json.dumps(body).encode(), timeout_s=60))
@@ -363,6 +364,11 @@ class House:
                 return counts(self._read("/metrics").decode())
             time.sleep(2)
         return counts(self._read("/metrics").decode())
+
+
+def likelier(top: Mapping[str, float], one: int, other: int) -> float:
+    """Return how many nats likelier one token is than another, by `top_logprobs`; not a number if neither is in it."""
+    return top.get(f"token_id:{one}", -math.inf) - top.get(f"token_id:{other}", -math.inf)
 
 
 def counts(exported: str) -> dict[str, int]:

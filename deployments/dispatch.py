@@ -166,7 +166,7 @@ class Dispatcher:
                 await self._route(scope, heard, bounded, limit)
         except PublicError as error:
             if not status:
-                await _respond(watched, error.status, json.dumps(error.body()).encode(), headers=error.headers())
+                await _respond(watched, error.status, json.dumps(error.body(path)).encode(), headers=error.headers())
             elif streams:
                 await watched({"type": "http.response.body", "body": last_words(path, error)})
         except (ClientGone, ClientStalled) as gone:
@@ -181,7 +181,7 @@ class Dispatcher:
             elif status:
                 raise
             else:
-                await _respond(watched, opaque.status, json.dumps(opaque.body()).encode())
+                await _respond(watched, opaque.status, json.dumps(opaque.body(path)).encode())
         finally:
             known = path if path in self._model_paths or path in self._own else self._prefix(path) or "other"
             status = 499 if hung_up else status
@@ -333,7 +333,7 @@ async def while_connected(work: Awaitable[T], receive: Receive) -> T:
 def last_words(path: str, error: PublicError) -> bytes:
     """Return the event that ends a stream of the API at `path` with an error, as its clients know it."""
     if path == "/v1/messages":
-        body: dict[str, Any] = {"type": "error", "error": {"type": error.type, "message": error.message}}
+        body = error.body(path)
     elif path == "/v1/responses":
         body = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
     else:

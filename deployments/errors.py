@@ -6,7 +6,10 @@ Anything else that escapes becomes an opaque 500: what a client reads is only ev
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
+
+_MESSAGES: Final = "/v1/messages"
+"""Anthropic's API, and what is below it."""
 
 
 class ConfigError(ValueError):
@@ -36,8 +39,10 @@ class PublicError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
 
-    def body(self) -> dict[str, Any]:
-        """Return OpenAI's error object."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """Return the error object that clients of the API at `path` know: Anthropic's or, of all else, OpenAI's."""
+        if path.startswith(_MESSAGES):
+            return {"type": "error", "error": {"type": self.type, "message": self.message}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:

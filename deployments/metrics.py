@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -76,7 +77,7 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 
 class RayMetrics:
-    """Declares each metric with Ray at its first use, and repeats gauges from a thread of its own.
+    """Declares each metric with Ray at its first use. While it lives, a thread of its own repeats gauges.
 
     Args:
         repeat_s: How often.
@@ -89,7 +90,7 @@ class RayMetrics:
         self._made: dict[str, Any] = {}
         self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._lock = threading.Lock()  # or a value could be repeated after the one that follows it
-        threading.Thread(target=self._repeat, args=(repeat_s,), name="gauges", daemon=True).start()
+        threading.Thread(target=_repeat, args=(weakref.ref(self), repeat_s), name="gauges", daemon=True).start()
 
     def inc(self, name: str, value: float = 1, **tags: str) -> None:
         if value > 0:
@@ -97,18 +98,17 @@ class RayMetrics:
 
     def set(self, name: str, value: float, **tags: str) -> None:
         with self._lock:
+            self._metric(name).set(value, tags=tags)  # first: what Ray refuses is not repeated
             self._gauges[name, tuple(sorted(tags.items()))] = value
-            self._metric(name).set(value, tags=tags)
 
     def observe(self, name: str, value: float, **tags: str) -> None:
         self._metric(name).observe(max(value, 0.0), tags=tags)
 
-    def _repeat(self, every_s: float) -> None:
-        while True:
-            time.sleep(every_s)
-            with self._lock:
-                for (name, tags), value in self._gauges.items():
-                    self._metric(name).set(value, tags=dict(tags))
+    def repeat(self) -> None:
+        """Set each gauge to what it was set to last."""
+        with self._lock:
+            for (name, tags), value in self._gauges.items():
+                self._metric(name).set(value, tags=dict(tags))
 
     def _metric(self, name: str) -> Any:
         made = self._made.get(name)
@@ -125,6 +125,16 @@ class RayMetrics:
             return metrics.Histogram(full, metric.description, list(_SECONDS), metric.tags)
         made = {"counter": metrics.Counter, "gauge": metrics.Gauge}[metric.kind]
         return made(full, metric.description, metric.tags)
+
+
+def _repeat(metrics: weakref.ref[RayMetrics], every_s: float) -> None:
+    while True:
+        time.sleep(every_s)
+        living = metrics()
+        if living is None:
+            return
+        living.repeat()
+        del living  # or it would live as long as this thread sleeps, and so for ever
 
 
 class NoMetrics:
@@ -157,7 +167,7 @@ class NodeMetrics:
         """Return status, content type and body.
 
         Raises:
-            EngineUnavailable: Ray exports nothing on this node, or nobody says where.
+            EngineUnavailable: Ray exports nothing on this node, nobody says where, or its endpoint does not answer.
         """
         import requests
 
@@ -170,8 +180,11 @@ class NodeMetrics:
             url = None
         if url is None:
             raise EngineUnavailable("Ray exports no metrics on this node.")
-        answer = await asyncio.to_thread(requests.get, url, timeout=10)
-        answer.raise_for_status()
+        try:
+            answer = await asyncio.to_thread(requests.get, url, timeout=10)
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            raise EngineUnavailable("Ray's metrics of this node cannot be read.") from error
         return 200, "text/plain; version=0.0.4; charset=utf-8", answer.content
 
 

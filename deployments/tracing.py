@@ -31,7 +31,6 @@ class Tracing:
     def __init__(self, provider: Any) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self._provider = provider
         self._tracer = provider.get_tracer("groundswell")
         self._propagator = TraceContextTextMapPropagator()
 

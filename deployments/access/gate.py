@@ -72,7 +72,7 @@ class Gate:
                 raise Unauthorized(_what_is_wrong(scope))
         except PublicError as error:
             self._metrics.inc("router_refused_requests", reason=error.code or "")
-            return await _answer(send, error)
+            return await _answer(send, scope, error)
         kept = [(name, value) for name, value in scope["headers"] if name.lower() not in _CREDENTIALS]
         scope = {**scope, "headers": kept}
         if holder is None:
@@ -98,7 +98,7 @@ class Gate:
         try:
             meter.enter(estimate)
         except PublicError as error:
-            return await _answer(with_headers, error)
+            return await _answer(with_headers, scope, error)
         try:
             with request_scope(caller):
                 await self._app(scope, receive, with_headers)
@@ -153,8 +153,8 @@ def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-async def _answer(send: Send, error: PublicError) -> None:
-    body: bytes = json.dumps(error.body()).encode()
+async def _answer(send: Send, scope: Scope, error: PublicError) -> None:
+    body: bytes = json.dumps(error.body(scope["path"])).encode()
     fixed: dict[str, Any] = {"content-type": "application/json", "content-length": str(len(body))}
     await send({"type": "http.response.start", "status": error.status, "headers": _raw(fixed | error.headers())})
     await send({"type": "http.response.body", "body": body})

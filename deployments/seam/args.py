@@ -68,6 +68,13 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 }
 """What a fleet needs other than vLLM's defaults: nothing may live in one Router or one engine alone."""
 
+_IN_ENGINE_CORE: Final = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""The model runs in EngineCore, as on one GPU.
+
+On a CPU vLLM starts a Worker even for a single one, to bind its threads to cores, and does so for "uni", too. Where
+nothing is bound, the Worker is one more import of vLLM, its memory, and one more process that every step goes through.
+"""
+
 
 def parse_args(name: str, engine_args: Mapping[str, Any], frontend_args: Mapping[str, Any]) -> Namespace:
     """Parse one model's options as vLLM's API server would from its command line.
@@ -121,14 +128,6 @@ def _collect(name: str, parser: ArgumentParser, sections: Mapping[str, Mapping[s
                 raise ConfigError(f"{where} is given twice")
             options[key] = value
     return options
-
-
-IN_ENGINE_CORE: Final = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""The model runs in EngineCore, as on one GPU.
-
-On a CPU vLLM would start a Worker even for a single one, to bind its threads to cores, and takes "uni" for that, too.
-Where nothing is bound, the Worker costs one more import of vLLM, its memory, and two more processes' hands per step.
-"""
 
 
 def _argv(parser: ArgumentParser, options: Mapping[str, Any]) -> list[str]:
@@ -194,7 +193,7 @@ def engine_args(args: Namespace, *, num_gpus: float = 1.0) -> AsyncEngineArgs:
             # Left alone, vLLM inside a Ray actor may choose Ray workers, which would want GPUs of their own.
             result.distributed_executor_backend = "mp"
         elif current_platform.is_cpu() and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
-            result.distributed_executor_backend = IN_ENGINE_CORE
+            result.distributed_executor_backend = _IN_ENGINE_CORE
     return result
 
 

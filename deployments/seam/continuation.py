@@ -62,9 +62,10 @@ def reproducible(request: EngineCoreRequest) -> bool:
 
 
 def end_of(request: EngineCoreRequest, tokens: Sequence[int], max_model_len: int) -> EngineCoreOutput | None:
-    """Return the end that an engine left out, if nothing may follow `tokens`: for the rest, another would add more.
+    """Return the end that an engine did not come to say, if nothing may follow `tokens`; None if the rest is missing.
 
-    vLLM's scheduler says the end in the output that brings the last token, so that none of its ends is left out.
+    vLLM's scheduler says an end in the output that brings the last token, so that this should not happen. Where it
+    does, another engine that is asked for the rest would add a token.
     """
     params = request.sampling_params
     assert params is not None and request.prompt_token_ids is not None

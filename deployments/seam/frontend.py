@@ -169,9 +169,7 @@ async def _not_for_this_model(name: str, request: Request, exc: Exception) -> JS
 
 
 def _response(error: PublicError, request: Request) -> JSONResponse:
-    is_anthropics = request.url.path.startswith(messages_api.PATH)
-    body = messages_api.body(error) if is_anthropics else error.body()
-    return JSONResponse(body, status_code=error.status, headers=error.headers())
+    return JSONResponse(error.body(request.url.path), status_code=error.status, headers=error.headers())
 
 
 async def list_models(app: FastAPI) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancell
 from deployments.errors import PublicError
 from deployments.seam.engine_client import PublicHTTPError
 
-PATH: Final = "/v1/messages"
+_PATH: Final = "/v1/messages"
 
 
 async def _create(request: AnthropicMessagesRequest, raw_request: Request) -> Response:
@@ -73,7 +73,7 @@ def take_over(app: FastAPI) -> None:
     if serving is None:
         return
     serving.create_streaming_error_response = _raise
-    ours: dict[str, Callable[..., Any]] = {PATH: _create, f"{PATH}/count_tokens": _count}
+    ours: dict[str, Callable[..., Any]] = {_PATH: _create, f"{_PATH}/count_tokens": _count}
     for index, route in enumerate(app.router.routes):
         if isinstance(route, APIRoute) and route.path in ours:
             app.router.routes[index] = APIRoute(
@@ -84,8 +84,3 @@ def take_over(app: FastAPI) -> None:
                 responses=route.responses,
                 response_model=None,
             )
-
-
-def body(error: PublicError) -> dict[str, Any]:
-    """Return Anthropic's error object."""
-    return {"type": "error", "error": {"type": error.type, "message": error.message}}

@@ -29,6 +29,7 @@ from benchmarks.chaos import (
     gained,
     good,
     judge,
+    likelier,
 )
 
 CLIENTS, TOKENS = 4, 40
@@ -82,6 +83,14 @@ def test_each_routers_count_is_its_own_and_a_dead_ones_may_go() -> None:
     now = counts("\n".join([name.format("continued", "b", 3.0), name.format("restarted", "b", 1.0)]))
     assert (gained(before, now, "continued"), gained(before, now, "restarted")) == (3, 1)
     assert gained(now, now, "continued") == 0
+
+
+def test_tokens_are_tied_only_where_the_engine_finds_both_likely() -> None:
+    top = {"token_id:1": -0.7, "token_id:2": -0.7, "token_id:3": -2.7}
+    assert likelier(top, 1, 2) == 0
+    assert likelier(top, 1, 3) == pytest.approx(2)
+    for one, other in ((1, 9), (9, 1), (8, 9)):
+        assert not abs(likelier(top, one, other)) < chaos.TIE_NATS
 
 
 def test_rows_of_a_fault_add_up() -> None:

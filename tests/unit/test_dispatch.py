@@ -157,6 +157,13 @@ async def test_a_body_without_a_length_is_cut_off_at_the_bound() -> None:
     assert answer["error"]["code"] == "request_too_large"
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_what_goes_no_further_is_told_to_anthropics_clients_in_their_shape(path: str) -> None:
+    dispatcher = Dispatcher(lambda name: None, ["a"], [path], {}, max_body_bytes=10)
+    status, answer, _ = await ask(dispatcher, path, body=b"x" * 11)
+    assert (status, answer["type"], set(answer["error"])) == (413, "error", {"type", "message"})
+
+
 async def test_a_client_that_hangs_up_in_its_body_is_no_error_and_gets_no_answer() -> None:
     counted: list[int] = []
     dispatcher = make({"a": RecordingApp()}, count=lambda path, status: counted.append(status))

@@ -105,6 +105,12 @@ class House:
         return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]), answered
 
 
+async def test_anthropics_clients_hear_in_their_shape_that_there_is_no_key() -> None:
+    status, body, _ = await House().ask(None, "/v1/messages", "POST")
+    answer = json.loads(body)
+    assert (status, answer["type"], set(answer["error"])) == (401, "error", {"type", "message"})
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS"])
 @pytest.mark.parametrize("key", [None, "wrong", "gs-ann-0123456789abcdeg"])

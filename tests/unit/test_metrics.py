@@ -53,9 +53,25 @@ def test_a_gauge_that_is_set_once_is_repeated_or_ray_would_forget_it(gauges: dic
     while len(heard) < 9:
         assert time.monotonic() < deadline, "it is not repeated"
         time.sleep(0.01)
-    assert heard[-1][0] in (2, 7)
     last_two = [(value, tags["model"]) for value, tags in heard[-2:]]
     assert sorted(last_two) == [(2, "a"), (7, "b")]
+
+
+def test_what_repeats_gauges_ends_with_its_metrics_and_not_by_one_that_was_refused(gauges: dict[str, Gauge]) -> None:
+    before = set(threading.enumerate())
+    metrics = RayMetrics(repeat_s=0.01)
+    (thread,) = set(threading.enumerate()) - before
+    with pytest.raises(KeyError):
+        metrics.set("no_such_gauge", 1)
+    metrics.set("fleet_known_replicas", 1, model="a")
+    heard = gauges["groundswell_fleet_known_replicas"].heard
+    deadline = time.monotonic() + LIMIT_S
+    while len(heard) < 2:
+        assert time.monotonic() < deadline, "the refused one ended it"
+        time.sleep(0.01)
+    del metrics
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
 
 
 class Head:
@@ -100,6 +116,13 @@ async def test_an_endpoint_that_is_not_there_yet_is_asked_for_again(endpoint: st
     with pytest.raises(EngineUnavailable):
         await node.answer()
     assert (await node.answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_an_endpoint_that_does_not_answer_is_no_failure_of_the_router() -> None:
+    node = NodeMetrics(Head("http://127.0.0.1:1/metrics").find)
+    with pytest.raises(EngineUnavailable):
+        await node.answer()
 
 
 @pytest.mark.asyncio

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import requests
 
-from benchmarks.chaos import TIE_NATS
+from benchmarks.chaos import TIE_NATS, likelier
 from tests.cluster.hosts import cluster, machines
 from tests.cluster.hosts.cluster import Cluster
 from tests.e2e.serving import wait_for
@@ -129,7 +129,7 @@ class Clients:
         whole = [*post("/tokenize", prompt=prompt)["tokens"], *said]
         choice = {"max_tokens": 1, "temperature": 0, "logprobs": 5, "return_tokens_as_token_ids": True}
         (likely,) = post("/v1/completions", prompt=whole, **choice)["choices"][0]["logprobs"]["top_logprobs"]
-        return float(likely.get(f"token_id:{one}", -100.0) - likely.get(f"token_id:{other}", -100.0))
+        return likelier(likely, one, other)
 
     def engines(self, host: str) -> int:
         """Return how many engines the Router on `host` has on its token channel."""
