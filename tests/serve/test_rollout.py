@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
@@ -35,12 +37,17 @@ _connect().deploy_apps(ServeDeploySchema.model_validate(json.loads(sys.argv[2]))
 """
 
 
+def arguments(stubs: Stubs) -> Iterator[str]:
+    for process in stubs.served.members():
+        with contextlib.suppress(psutil.NoSuchProcess):  # of an earlier rollout, it has just ended
+            yield from process.cmdline()
+
+
 def deploy(stubs: Stubs, config: object) -> None:
     """Do as `serve deploy` does, to the cluster of a `groundswell serve`."""
     driver = psutil.Process(stubs.served.process.pid).children()[0]
     environment = driver.environ()
-    arguments = (argument for process in stubs.served.members() for argument in process.cmdline())
-    address = next(a.removeprefix(_GCS) for a in arguments if a.startswith(_GCS))
+    address = next(a.removeprefix(_GCS) for a in arguments(stubs) if a.startswith(_GCS))
     subprocess.run(
         [sys.executable, "-c", _DEPLOY, address, json.dumps(config)],
         check=True,

@@ -185,6 +185,7 @@ def test_a_key_goes_nowhere_but_into_headers(scripted_server: Scripted, visit: O
     page.locator("#key").wait_for()
     page.fill("#key-field", KEY)
     page.press("#key-field", "Enter")
+    page.locator("#key").wait_for(state="hidden")
     tab.until(tab.ask("Hello"), "done")
     assert sent
     assert not any(KEY in url or KEY in body for url, body in sent)
