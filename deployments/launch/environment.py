@@ -88,8 +88,9 @@ def defaults(run_folder: Path) -> dict[str, str]:
         **everywhere(),
         # A thread carries hundreds of thousands of events a second; more of them would only take turns on few cores.
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 4))),
-        # No balancer elsewhere has to notice that a replica leaves.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
+        # Nobody but our own HAProxy has to notice that a Router leaves. It is told within a second; a request that it
+        # sends on a connection which an idle Router is closing at that moment would be lost.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1.5",
         # A model that cannot be loaded fails the same way the second and the third time.
         "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
         # What HAProxy writes, and its admin socket, which anybody on the machine may use where it lies by default.
