@@ -61,6 +61,7 @@ from benchmarks.servers import (
     has_cuda_build,
     make_model,
     settings,
+    while_served,
 )
 from deployments.launch.environment import RUN_ID
 from deployments.launch.processes import is_alive
@@ -690,24 +691,20 @@ def main(arguments: list[str] | None = None) -> int:
             fleet={"engine_stall_timeout_s": 10, "heartbeat_interval_s": HEARTBEAT_S},
             router={"max_queue_wait_s": ANSWERED_WITHIN_S},
         )
-        try:
-            server.start()
+
+        def work() -> None:
             console.say(f"ready after {server.startup_s:.0f} s")
             house = House(server, random.Random(given.seed))
             asyncio.run(run(house, faults, given.clients, given.tokens, console.say, rows, until=until))
-        except (ServerError, NotBack) as problem:
-            print(f"chaos: {problem}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("chaos: stopped", file=sys.stderr)
-            return 130
-        finally:
-            if rows:  # before anything else that may take its time
+
+        def report() -> None:
+            if rows:
                 console.say(f"\n{table(rows)}")
                 console.report({fault: asdict(row) for fault, row in rows.items()}, given.json)
                 sys.stdout.flush()
-            server.stop()
-    return 0 if good(rows) else 1
+
+        ended = while_served("chaos", server, work, report, (ServerError, NotBack))
+    return ended or (0 if good(rows) else 1)
 
 
 if __name__ == "__main__":

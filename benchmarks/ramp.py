@@ -31,7 +31,16 @@ import aiohttp
 
 from benchmarks import console
 from benchmarks.overload import Answer, Sent, percentile, send
-from benchmarks.servers import MODEL_NAME, ROOT, EngineSettings, Groundswell, ServerError, has_cuda_build, make_model
+from benchmarks.servers import (
+    MODEL_NAME,
+    ROOT,
+    EngineSettings,
+    Groundswell,
+    ServerError,
+    has_cuda_build,
+    make_model,
+    while_served,
+)
 from benchmarks.servers import settings as engine_settings
 
 STEPS: Final = (0.3, 0.6, 1.0, 1.4, 1.8, 1.8, 1.4, 1.0, 0.6, 0.3)
@@ -332,23 +341,17 @@ def main(arguments: list[str] | None = None) -> int:
     ramp = Ramp()
     with tempfile.TemporaryDirectory(prefix="groundswell-ramp-") as folder:
         server = _server(options, Path(folder))
-        try:
-            server.start()
+
+        def work() -> None:
             console.say(f"ready after {server.startup_s:.0f} s, with no engine")
             asyncio.run(Run(server, options, console.say, ramp).run())
-        except ServerError as problem:
-            print(f"ramp: {problem}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("ramp: stopped", file=sys.stderr)
-            return 130
-        finally:
-            try:
-                if ramp.sent:  # before anything else that may take its time
-                    _report(options, ramp, given)
-            finally:
-                server.stop()
-    return 1 if ramp.broken else 0
+
+        def report() -> None:
+            if ramp.sent:
+                _report(options, ramp, given)
+
+        ended = while_served("ramp", server, work, report)
+    return ended or (1 if ramp.broken else 0)
 
 
 def _report(options: Options, ramp: Ramp, given: argparse.Namespace) -> None:

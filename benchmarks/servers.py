@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -256,6 +256,42 @@ class BareVllm(Server):
             flags += [flag] if value is True else [f"{flag}={value}"]
         module = "vllm.entrypoints.openai.api_server"
         return [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *flags]
+
+
+def while_served(
+    program: str,
+    server: Server,
+    work: Callable[[], None],
+    report: Callable[[], None],
+    failures: tuple[type[Exception], ...] = (ServerError,),
+) -> int:
+    """Start a server, do work with it, and stop it. Report before that, whatever ends the work: stopping takes time.
+
+    Args:
+        program: Named before what went wrong.
+        server: Stopped even if it did not start, or the report fails.
+        work: Called when it is ready.
+        report: Prints what has been seen until then, which may be nothing.
+        failures: What ends the work with a sentence, in place of a traceback.
+
+    Returns:
+        The exit code: 0 after all of the work, 1 after a failure, 130 after Ctrl-C.
+    """
+    try:
+        server.start()
+        work()
+    except failures as problem:
+        print(f"{program}: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: stopped", file=sys.stderr)
+        return 130
+    finally:
+        try:
+            report()
+        finally:
+            server.stop()
+    return 0
 
 
 def is_ready(url: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from aiohttp.test_utils import TestServer
 
 from deployments.errors import EngineUnavailable
 from deployments.metrics import METRICS, NodeMetrics, RayMetrics
+from tests.e2e.serving import wait_for
 
 LIMIT_S = 30
 
@@ -49,10 +49,7 @@ def test_a_gauge_that_is_set_once_is_repeated_or_ray_would_forget_it(gauges: dic
     metrics.set("fleet_known_replicas", 7, model="b")
     metrics.set("fleet_known_replicas", 2, model="a")
     heard = gauges["groundswell_fleet_known_replicas"].heard
-    deadline = time.monotonic() + LIMIT_S
-    while len(heard) < 9:
-        assert time.monotonic() < deadline, "it is not repeated"
-        time.sleep(0.01)
+    wait_for(lambda: len(heard) >= 9, "it is repeated", LIMIT_S)
     last_two = [(value, tags["model"]) for value, tags in heard[-2:]]
     assert sorted(last_two) == [(2, "a"), (7, "b")]
 
@@ -65,10 +62,7 @@ def test_what_repeats_gauges_ends_with_its_metrics_and_not_by_one_that_was_refus
         metrics.set("no_such_gauge", 1)
     metrics.set("fleet_known_replicas", 1, model="a")
     heard = gauges["groundswell_fleet_known_replicas"].heard
-    deadline = time.monotonic() + LIMIT_S
-    while len(heard) < 2:
-        assert time.monotonic() < deadline, "the refused one ended it"
-        time.sleep(0.01)
+    wait_for(lambda: len(heard) >= 2, "it is repeated in spite of the refused one", LIMIT_S)
     del metrics
     thread.join(LIMIT_S)
     assert not thread.is_alive()
