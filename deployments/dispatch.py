@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from deployments.errors import (
+    OPAQUE,
     BadRequest,
     MethodNotAllowed,
     ModelNotFound,
@@ -175,7 +176,7 @@ class Dispatcher:
                 logger.warning("Request %s: its client has not read for %g s", request_id, self._max_unread_s)
         except Exception:
             logger.exception("Request %s failed", request_id)
-            opaque = PublicError("The server had an internal error.")
+            opaque = PublicError(OPAQUE)
             if streams:
                 await watched({"type": "http.response.body", "body": last_words(path, opaque)})
             elif status:

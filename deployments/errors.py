@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
+OPAQUE: Final = "The server had an internal error."
+"""What clients read of anything that nobody foresaw."""
 _MESSAGES: Final = "/v1/messages"
 """Anthropic's API, and what is below it."""
 

@@ -41,7 +41,7 @@ async def outcome_of(call: Awaitable[T]) -> T | Refusal:
         return Refusal(type(error).__name__, error.message, error.param, error.retry_after_s)
     except Exception:
         logger.exception("A call failed")
-        return Refusal(errors.PublicError.__name__, "The server had an internal error.")
+        return Refusal(errors.PublicError.__name__, errors.OPAQUE)
 
 
 def value_of(outcome: T | Refusal) -> T:

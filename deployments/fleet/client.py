@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, Protocol
 from deployments import messages as m
 from deployments import request_scope
 from deployments.config import FleetConfig
-from deployments.errors import BadRequest, EngineFailure, EngineUnavailable, PublicError
+from deployments.errors import OPAQUE, BadRequest, EngineFailure, EngineUnavailable, PublicError
 from deployments.fleet.admission import Admission, Reservation
 from deployments.fleet.channel import Frames, Metrics, RouterEnd
 from deployments.fleet.placement import Booking, Ledger
@@ -168,7 +168,7 @@ class Flight:
             submission.fail(error)
         except Exception:
             logger.exception("Request %s failed in the Router", submission.request_id)
-            submission.fail(PublicError("The server had an internal error."))
+            submission.fail(PublicError(OPAQUE))
         finally:
             fleet.metrics.inc("fleet_requests", model=fleet.model, outcome=outcome)
             fleet.metrics.observe("fleet_request_seconds", fleet.clock() - self._started, model=fleet.model)

@@ -24,7 +24,7 @@ from starlette.types import Message, Receive, Scope
 
 from deployments.config import DocumentsConfig
 from deployments.dispatch import ClientGone, while_connected
-from deployments.errors import BadRequest, MethodNotAllowed, NotFound, Overloaded, PayloadTooLarge, PublicError
+from deployments.errors import OPAQUE, BadRequest, MethodNotAllowed, NotFound, Overloaded, PayloadTooLarge, PublicError
 from deployments.retrieval.batching import MESSAGE_BYTES, batches
 from deployments.retrieval.filters import checked_attributes
 from deployments.retrieval.records import (
@@ -544,7 +544,7 @@ def _endpoint(path: str, by_method: Mapping[str, Handler]) -> Handler:
             return Response(status_code=499)
         except Exception:
             logger.exception("%s %s failed", request.method, path)
-            opaque = PublicError("The server had an internal error.")
+            opaque = PublicError(OPAQUE)
             return JSONResponse(opaque.body(), opaque.status)
 
     return endpoint

@@ -19,7 +19,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.tasks import SupportedTask
 
-from deployments.errors import NotFound, PublicError
+from deployments.errors import OPAQUE, NotFound, PublicError
 from deployments.seam import messages_api, short_work
 from deployments.seam.engine_client import FleetClient, PublicHTTPError
 from deployments.seam.messages_api import as_public
@@ -160,7 +160,7 @@ async def _public_error(request: Request, exc: Exception) -> JSONResponse:
 
 async def _opaque(request: Request, exc: Exception) -> JSONResponse:
     """Answer for what nobody foresaw: vLLM would put the exception's own words there. It is raised on, and logged."""
-    return _response(PublicError("The server had an internal error."), request)
+    return _response(PublicError(OPAQUE), request)
 
 
 async def _not_for_this_model(name: str, request: Request, exc: Exception) -> JSONResponse:

@@ -21,7 +21,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 
-from deployments.errors import PublicError
+from deployments.errors import OPAQUE, PublicError
 from deployments.seam.engine_client import PublicHTTPError
 
 _PATH: Final = "/v1/messages"
@@ -56,7 +56,7 @@ def as_public(error: Exception) -> PublicHTTPError | None:
     if isinstance(error, PublicHTTPError):
         return error
     if create_error_response(error).error.code == 500:  # nobody foresaw it
-        return PublicHTTPError(PublicError("The server had an internal error."))
+        return PublicHTTPError(PublicError(OPAQUE))
     return None
 
 
