@@ -280,7 +280,7 @@ class Flight:
             raise EngineFailure("deltas of another execution arrived")
         self.replica, self._execution = accepted.replica, accepted.execution
         prefilling = self._booking.prefilling
-        self._booking.move(accepted.replica)
+        self._booking.settle(accepted.replica)
         if not prefilling:
             self._booking.prefilled()
 

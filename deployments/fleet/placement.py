@@ -86,24 +86,35 @@ class _Account:
 
 @dataclass
 class Booking:
-    """One placed request's share of its replica's load. `moved`, `prefilled` and `release` keep it true."""
+    """One placed request's share of its replica's load. `settle`, `prefilled` and `release` keep it true.
+
+    Serve goes on asking where to place a request for a moment after another of its tasks has placed it, or its client
+    has gone: once it is settled or released, a ranking books nothing.
+    """
 
     ledger: Ledger
     prompt_tokens: int
     streams: int
     replica: str | None = None
     prefilling: bool = field(default=True, init=False)
+    fixed: bool = field(default=False, init=False)
+
+    def settle(self, replica: str) -> None:
+        """`replica` has taken the request: book there, for good, and no longer where it was."""
+        with self.ledger.lock:
+            if not self.fixed:
+                self.fixed = True
+                self.move(replica)
 
     def move(self, replica: str) -> None:
-        """Book on `replica`, and no longer where it was."""
-        with self.ledger.lock:
-            if replica == self.replica:
-                return
-            self.release()
-            self.replica, self.prefilling = replica, True
-            account = self.ledger.account(replica)
-            account.prefill_tokens += self.prompt_tokens
-            account.streams += self.streams
+        """Book on `replica`, and no longer where it was. Called with the ledger's lock."""
+        if replica == self.replica:
+            return
+        self.leave()
+        self.replica, self.prefilling = replica, True
+        account = self.ledger.account(replica)
+        account.prefill_tokens += self.prompt_tokens
+        account.streams += self.streams
 
     def prefilled(self) -> None:
         """The first token came back: the prompt costs nothing more."""
@@ -113,12 +124,17 @@ class Booking:
                 self.ledger.account(self.replica).prefill_tokens -= self.prompt_tokens
 
     def release(self) -> None:
-        """The request has left its replica. Safe to call twice."""
+        """The request has left its replica, or wants none any more. Safe to call twice."""
         with self.ledger.lock:
-            if self.replica is not None:
-                self.prefilled()
-                self.ledger.account(self.replica).streams -= self.streams
-                self.replica = None
+            self.fixed = True
+            self.leave()
+
+    def leave(self) -> None:
+        """Book nowhere. Called with the ledger's lock."""
+        if self.replica is not None:
+            self.prefilled()
+            self.ledger.account(self.replica).streams -= self.streams
+            self.replica = None
 
 
 class Ledger:
@@ -162,9 +178,10 @@ class Ledger:
         """Rank `candidates` for a booking and book it on the best, at once: the next request sees it there."""
         candidates = list(candidates)
         with self.lock:
-            booking.release()
+            if not booking.fixed:
+                booking.leave()
             ranked = rank(candidates, self.loads(), booking.prompt_tokens, rng=self._rng)
-            if ranked:
+            if ranked and not booking.fixed:
                 booking.move(ranked[0])
         return ranked
 

@@ -100,7 +100,7 @@ class StubCall:
     """A stub Serve call: says what the test has it say, through the replica that the ticket ranks first."""
 
     def __init__(self, fleet: Fleet, frames: list[bytes], stream: int, ticket: Ticket, candidates: list[str]) -> None:
-        self.frames, self.order = frames, ticket.order
+        self.frames, self.order, self.ticket = frames, ticket.order, ticket
         self.replica = ticket.rank(candidates)[0]
         self.execution = random.getrandbits(62)
         self.cancelled = False
@@ -228,6 +228,8 @@ async def nothing_left(house: House) -> None:
     """A request that is over has left no stream, no booking, no place in admission, no call and no task."""
     assert all(flight.task.done() for flight in house.flights)
     assert house.exchange.flights == {}
+    for call in house.calls:
+        call.ticket.rank(house.candidates)  # as Serve does whose client has gone while it looked for a place
     assert all(load.streams == load.prefill_tokens == 0 for load in house.ledger.loads().values())
     assert house.fleet.admission.in_flight == 0
     assert all(call.cancelled for call in house.calls)

@@ -89,9 +89,24 @@ def test_a_booking_follows_the_request_to_the_replica_that_accepted_it() -> None
     booking = book.book(100, 1)
     first = book.place(booking, ["a", "b"])[0]
     other = "b" if first == "a" else "a"
-    booking.move(other)
+    booking.settle(other)
     assert book.loads()[first].streams == 0
     assert book.loads()[other] == ReplicaLoad(prefill_tokens=100, streams=1)
+
+
+def test_a_ranking_after_the_request_was_taken_or_given_up_books_nothing() -> None:
+    book = ledger()
+    taken, given_up = book.book(100, 1), book.book(100, 1)
+    book.place(taken, ["a"])
+    taken.settle("a")
+    assert book.place(taken, ["a", "b"]) == ["b", "a"]
+    assert book.loads() == {"a": ReplicaLoad(prefill_tokens=100, streams=1)}
+    taken.release()
+    given_up.release()
+    for booking in (taken, given_up):
+        assert book.place(booking, ["a"]) == ["a"]
+        booking.settle("a")
+    assert book.loads() == {"a": ReplicaLoad()}
 
 
 def test_a_lost_replica_is_forgotten_with_its_last_booking() -> None:
