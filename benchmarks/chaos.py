@@ -19,7 +19,7 @@ bits differ, and a tie may fall the other way. Faults are signals to single proc
     prefill   clients hang up while engines read their prompts
     decode    clients hang up while their answers come, streams and plain ones
 
-Places of those who hang up should be free within a second, and are seen to be up to `SEEN_LATE_S` later.
+Places of those who hang up should be free within `FREE_AFTER_S`, and are seen to be up to `SEEN_LATE_S` later.
 
 A fault's row is written when all of it has been seen. Whatever ends the run, the table of what was seen is printed.
 """
@@ -72,7 +72,7 @@ BACK_WITHIN_S: Final = 300.0
 ANSWERED_WITHIN_S: Final = 240.0
 FREE_WITHIN_S: Final = 60.0
 SETTLED_S: Final = 3.0
-"""When no further stream has begun for so long, those that have not begun wait for an engine."""
+"""When no further stream has begun for so long, those that have not begun wait for an engine: at the latest."""
 PREFILL_TOKENS: Final = 256
 """Of prompts, in one step of an engine: long ones take several."""
 LONG_WORDS: Final = 800
@@ -85,6 +85,7 @@ VIEW_S: Final = 0.2
 """How old `/fleet` may be."""
 LOOK_S: Final = 0.1
 SEEN_LATE_S: Final = HEARTBEAT_S + VIEW_S + LOOK_S
+FREE_AFTER_S: Final = 1.0
 HANG_UPS: Final = ("queued", "prefill", "decode")
 QUICK: Final = (*HANG_UPS, "actor", "core", "worker", "hang", "silence", "router")
 """Every fault once, so that a run that is stopped early has seen each kind."""
@@ -406,8 +407,6 @@ async def load(
         moment = time.monotonic()
         then()
         await asyncio.wait(jobs)
-        for job in jobs:
-            job.result()
     return answers, under_way, moment
 
 
@@ -429,6 +428,9 @@ async def _asking(
         finally:
             for job in jobs:
                 job.cancel()
+            for failure in await asyncio.gather(*jobs, return_exceptions=True):
+                if isinstance(failure, Exception):
+                    raise failure
 
 
 async def _begun(streams: Sequence[Answer], tokens: int) -> None:
@@ -458,7 +460,7 @@ async def hang_up(house: HouseLike, place: str, asked: Sequence[str], tokens: in
         streams = answers[: len(asked) - plain]
         if place == "queued":
             begun, since = 0, time.monotonic()
-            while begun == 0 or time.monotonic() - since < SETTLED_S:
+            while begun == 0 or (begun < len(streams) // 2 and time.monotonic() - since < SETTLED_S):
                 await asyncio.sleep(0.01)
                 now = sum(bool(stream.tokens) or stream.done for stream in streams)
                 if now > begun:
@@ -645,7 +647,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def good(rows: dict[str, Row]) -> bool:
-    """Whether there is something to see, and nothing was lost but what a Router's death must lose.
+    """Whether there is something to see, and nothing was lost but what a Router's death must lose, or kept too long.
 
     A fault that hit nobody's request shows nothing, and is not good either.
     """
@@ -655,6 +657,7 @@ def good(rows: dict[str, Row]) -> bool:
         and (row.broken == 0 or fault == "router")
         and row.in_flight > 0
         and (fault in LOSES_NO_ENGINE or row.continued + row.restarted > 0)
+        and max(row.free_after, default=0.0) <= FREE_AFTER_S + SEEN_LATE_S
         for fault, row in rows.items()
     )
 

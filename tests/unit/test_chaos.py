@@ -111,6 +111,9 @@ def test_only_a_routers_death_may_break_streams_and_what_hit_nobody_is_not_good(
         assert not good({"actor": hit + bad})
     assert not good({"actor": Row(injected=1, in_flight=8)}), "no request was at the engine that was lost"
     assert not good({"decode": Row(injected=1)})
+    left = Row(injected=1, in_flight=8, free_after=(0.3,))
+    assert good({"decode": left})
+    assert not good({"decode": left + Row(free_after=(chaos.FREE_AFTER_S + chaos.SEEN_LATE_S + 0.1,))})
     assert not good({})
 
 
