@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,10 +20,7 @@ class Worker:
 """
 
 why_not = machines.missing() or cluster.missing()
-pytestmark = [
-    pytest.mark.skipif(why_not is not None, reason=f"no hosts on this machine: {why_not}"),
-    pytest.mark.skipif(os.environ.get("GROUNDSWELL_TEST_LONG") != "1", reason="takes minutes: make test LONG=1"),
-]
+pytestmark = pytest.mark.skipif(why_not is not None, reason=f"no hosts on this machine: {why_not}")
 
 
 @pytest.fixture(scope="module")

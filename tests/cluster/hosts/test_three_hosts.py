@@ -8,7 +8,6 @@ prompt is computed in other shapes than single tokens, and may part from the oth
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,13 +33,7 @@ LATE = [f"{number} birds sit on the wall and look at the boats" for number in ra
 IN_A_ROW = 8
 
 why_not = machines.missing() or cluster.missing()
-pytestmark = [
-    pytest.mark.skipif(why_not is not None, reason=f"no hosts on this machine: {why_not}"),
-    pytest.mark.skipif(
-        not os.environ.get("GROUNDSWELL_TEST_THREE_HOSTS"),
-        reason="not yet seen to pass; set GROUNDSWELL_TEST_THREE_HOSTS=1 on a machine that does nothing else",
-    ),
-]
+pytestmark = pytest.mark.skipif(why_not is not None, reason=f"no hosts on this machine: {why_not}")
 
 
 @dataclass(frozen=True)
