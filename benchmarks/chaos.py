@@ -653,8 +653,7 @@ def good(rows: dict[str, Row]) -> bool:
     """
     return bool(rows) and all(
         row.tokens_off == 0
-        and row.refused == 0
-        and (row.broken == 0 or fault == "router")
+        and (row.refused == row.broken == 0 or fault == "router")
         and row.in_flight > 0
         and (fault in LOSES_NO_ENGINE or row.continued + row.restarted > 0)
         and max(row.free_after, default=0.0) <= FREE_AFTER_S + SEEN_LATE_S

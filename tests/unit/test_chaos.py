@@ -106,7 +106,7 @@ def test_how_soon_places_were_free_is_told_by_its_median_and_its_worst() -> None
 
 def test_only_a_routers_death_may_break_streams_and_what_hit_nobody_is_not_good() -> None:
     hit = Row(injected=1, in_flight=8, continued=4)
-    assert good({"actor": hit, "router": Row(injected=1, in_flight=8, broken=8)})
+    assert good({"actor": hit, "router": Row(injected=1, in_flight=8, broken=6, refused=2)})
     for bad in (Row(broken=1), Row(refused=1), Row(tokens_off=1)):
         assert not good({"actor": hit + bad})
     assert not good({"actor": Row(injected=1, in_flight=8)}), "no request was at the engine that was lost"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from pathlib import Path
 
@@ -11,7 +12,7 @@ pytest.importorskip("psutil")
 
 from aiohttp import web
 
-from benchmarks import client
+from benchmarks import client, client_check
 from benchmarks.client import Load, Result
 from benchmarks.compare import SYSTEMS, WORKLOADS, Case, Measured, Options, as_json, system, table
 from benchmarks.servers import EngineSettings
@@ -87,3 +88,18 @@ async def test_arrivals_do_not_wait_for_answers_and_count_refusals() -> None:
 
 def test_every_workload_but_arrivals_says_how_many_clients() -> None:
     assert all(bool(what.clients) != bool(what.share) for what in WORKLOADS.values())
+
+
+def test_vllms_own_client_takes_the_command_and_is_read_in_seconds(tmp_path: Path) -> None:
+    from vllm.benchmarks.serve import add_cli_args
+
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    words = client_check.command("http://127.0.0.1:1", Path("m"), 32, 7, tmp_path / "it.json")
+    given = parser.parse_args(words[words.index("serve") + 1 :])
+    assert (given.max_concurrency, given.num_prompts, given.ignore_eos) == (32, 32 * client_check.REQUESTS, True)
+    assert (given.random_input_len, given.random_output_len) == (client_check.TOKENS, client_check.TOKENS)
+    said = {"output_throughput": 2000.0, "median_ttft_ms": 50.0, "median_tpot_ms": 4.0, "completed": 96}
+    assert client_check.of_vllms(said) == client_check.Seen(2000.0, 0.05, 0.004, 96)
+    ours = Result(wall_s=2.0, tokens=4000, completed=2, ttft_s=[0.04, 0.06], tpot_s=[0.003, 0.005])
+    assert client_check.of_ours(ours) == client_check.Seen(2000.0, 0.05, 0.004, 2)

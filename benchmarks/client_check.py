@@ -1,0 +1,151 @@
+"""The client of these benchmarks beside vLLM's own (`vllm bench serve`), at the same server, in turns.
+
+    python -m benchmarks.client_check             # the bare vLLM server: 32 clients, 128 tokens in and out
+    python -m benchmarks.client_check --system groundswell
+
+What both say of one server must agree but for noise, or one of them measures itself. vLLM's draws its prompts from the
+whole vocabulary, by token; ours from few words: prompts are about as long, and no two are the same in either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import compare, console
+from benchmarks.client import Load, Result
+from benchmarks.servers import MODEL_NAME, ROOT, ServerError, has_cuda_build, make_model, settings, while_served
+
+TOKENS: Final = 128
+REQUESTS: Final = 3
+"""Of each client in a round."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one client says of a round.
+
+    Attributes:
+        tokens_per_s: Output tokens.
+        ttft_p50_s: To the first token.
+        tpot_p50_s: Between tokens after the first, of each request.
+        completed: Requests that came back whole.
+    """
+
+    tokens_per_s: float
+    ttft_p50_s: float
+    tpot_p50_s: float
+    completed: int
+
+
+def of_ours(result: Result) -> Seen:
+    """Return what our client says."""
+    return Seen(
+        result.tokens / result.wall_s,
+        statistics.median(result.ttft_s),
+        statistics.median(result.tpot_s),
+        result.completed,
+    )
+
+
+def of_vllms(result: dict[str, Any]) -> Seen:
+    """Return what vLLM's says, from the file it writes."""
+    return Seen(
+        result["output_throughput"],
+        result["median_ttft_ms"] / 1000,
+        result["median_tpot_ms"] / 1000,
+        result["completed"],
+    )
+
+
+def command(url: str, model: Path, clients: int, seed: int, file: Path) -> list[str]:
+    """Return what runs vLLM's client."""
+    options = {
+        "backend": "openai-chat",
+        "base-url": url,
+        "endpoint": "/v1/chat/completions",
+        "model": MODEL_NAME,
+        "tokenizer": model,
+        "dataset-name": "random",
+        "random-input-len": TOKENS,
+        "random-output-len": TOKENS,
+        "num-prompts": clients * REQUESTS,
+        "max-concurrency": clients,
+        "seed": seed,
+        "result-dir": file.parent,
+        "result-filename": file.name,
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    switches = ["--ignore-eos", "--save-result", "--disable-tqdm"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *flags, *switches]
+
+
+def check(url: str, model: Path, clients: int, rounds: int, say: Callable[[str], None]) -> dict[str, list[Seen]]:
+    """Have both clients load the server in turns.
+
+    Raises:
+        ServerError: vLLM's client failed; with the end of what it said.
+    """
+    seen: dict[str, list[Seen]] = {"ours": [], "vLLM's": []}
+    words = compare.words_for(model, TOKENS)
+    compare.send(Load(url, MODEL_NAME, clients, 1, 32, words, seed=-1))
+    with tempfile.TemporaryDirectory(prefix="groundswell-client-") as folder:
+        for number in range(rounds):
+            seen["ours"].append(of_ours(compare.send(Load(url, MODEL_NAME, clients, REQUESTS, TOKENS, words, number))))
+            file = Path(folder) / f"{number}.json"
+            done = subprocess.run(command(url, model, clients, number, file), capture_output=True, text=True)
+            if done.returncode or not file.is_file():
+                raise ServerError(f"vLLM's client failed:\n{done.stderr[-2000:]}")
+            seen["vLLM's"].append(of_vllms(json.loads(file.read_text())))
+            say(f"round {number + 1}  " + ";  ".join(f"{name}: {_brief(each[-1])}" for name, each in seen.items()))
+    return seen
+
+
+def _brief(seen: Seen) -> str:
+    return (
+        f"{seen.tokens_per_s:.0f} tokens/s, TTFT p50 {1000 * seen.ttft_p50_s:.0f} ms, "
+        f"TPOT p50 {1000 * seen.tpot_p50_s:.2f} ms, {seen.completed} completed"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 1 if the server did not start, or vLLM's client failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.client_check", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--system", choices=compare.SYSTEMS, default="bare")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    console.add_json(parser)
+    given = parser.parse_args(arguments)
+    console.stop_in_order()
+    model = ROOT / "models" / "tiny-random"
+    make_model(model)
+    seen: dict[str, list[Seen]] = {}
+    with tempfile.TemporaryDirectory(prefix="groundswell-client-") as folder:
+        shared = settings(model, gpu=has_cuda_build(), max_model_len=compare.MAX_MODEL_LEN)
+        server = compare.system(given.system, shared, Path(folder), 1)
+
+        def work() -> None:
+            seen.update(check(server.url, model, given.clients, given.rounds, console.say))
+
+        def report() -> None:
+            if seen:
+                console.report(
+                    {"benchmark": "client_check", **{name: [asdict(each) for each in s] for name, s in seen.items()}},
+                    given.json,
+                )
+
+        return while_served("client_check", server, work, report, (ServerError,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
