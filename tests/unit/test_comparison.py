@@ -96,7 +96,7 @@ def test_vllms_own_client_takes_the_command_and_is_read_in_seconds(tmp_path: Pat
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     words = client_check.command("http://127.0.0.1:1", Path("m"), 32, 7, tmp_path / "it.json")
-    given = parser.parse_args(words[words.index("serve") + 1 :])
+    given = parser.parse_args(words[words.index(client_check.VLLMS) + 1 :])
     assert (given.max_concurrency, given.num_prompts, given.ignore_eos) == (32, 32 * client_check.REQUESTS, True)
     assert (given.random_input_len, given.random_output_len) == (client_check.TOKENS, client_check.TOKENS)
     said = {"output_throughput": 2000.0, "median_ttft_ms": 50.0, "median_tpot_ms": 4.0, "completed": 96}
