@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         given.ttft_slo,
         given.tpot_slo,
         given.capacity,
+        dict(given.engine_arg),
     )
     console.stop_in_order()
     try:
@@ -55,6 +56,14 @@ def _parser() -> argparse.ArgumentParser:
         "--tpot-slo", type=float, default=defaults.tpot_slo_s, help="seconds: each further token of a good request"
     )
     parser.add_argument("--capacity", type=float, help="requests/s that are 100%%; else as chat-32 finds it")
+    parser.add_argument(
+        "--engine-arg",
+        type=console.option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="vLLM's, for all; the value as JSON",
+    )
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw pictures there (needs matplotlib)")
     console.add_json(parser)
     return parser

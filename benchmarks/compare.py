@@ -88,6 +88,7 @@ class Options:
         ttft_slo_s: A request is good if its first token took no longer,
         tpot_slo_s: and each further one no longer than this.
         capacity: Requests a second that are 100%, where `chat-32` is not measured in the same run.
+        engine_args: vLLM's, for all systems, beside those they have anyway.
     """
 
     systems: tuple[str, ...] = ("groundswell", "bare")
@@ -98,6 +99,7 @@ class Options:
     ttft_slo_s: float = 1.0
     tpot_slo_s: float = 0.1
     capacity: float | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -226,7 +228,8 @@ def compare(options: Options, say: Callable[[str], None]) -> dict[str, Measured]
     model = ROOT / "models" / "tiny-random"
     make_model(model)
     with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:
-        shared = settings(model, gpu=has_cuda_build(), max_model_len=MAX_MODEL_LEN)
+        base = settings(model, gpu=has_cuda_build(), max_model_len=MAX_MODEL_LEN)
+        shared = EngineSettings({**base.engine_args, **options.engine_args}, base.environment)
         servers = {name: system(name, shared, Path(folder), options.replicas) for name in options.systems}
         run = _Run(options, model, {name: Measured() for name in servers}, say)
         try:

@@ -20,6 +20,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line here too")
 
 
+def option(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE, the value as JSON, or as a word if it is none."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def report(numbers: Mapping[str, Any], file: Path | None) -> None:
     """Print `numbers` as one JSON line; write it to `file` too, if there is one."""
     line = json.dumps(numbers)

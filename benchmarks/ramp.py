@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import random
 import re
@@ -376,11 +375,6 @@ def _server(options: Options, folder: Path) -> Groundswell:
     )
 
 
-def _option(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    return name, json.loads(value)
-
-
 def _parser() -> argparse.ArgumentParser:
     defaults = Options()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ramp", description=(__doc__ or "").split("\n")[0])
@@ -390,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=defaults.seconds, help="length of each step")
     parser.add_argument("--threads", type=int, default=defaults.threads, help="of each engine on CPUs")
     parser.add_argument(
-        "--autoscaling", type=_option, action="append", default=[], metavar="NAME=VALUE", help="Serve's"
+        "--autoscaling", type=console.option, action="append", default=[], metavar="NAME=VALUE", help="Serve's"
     )
     parser.add_argument("--ttft-target", type=float, help="`scaling.ttft_target_s`")
     parser.add_argument("--queued-prompt-tokens", type=int, help="`scaling.queued_prompt_tokens`")
