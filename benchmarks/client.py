@@ -34,7 +34,7 @@ class Load:
         clients: Requests in flight at any time; with a `rate`, only a factor of their number.
         requests: Requests of each client, one after the other.
         rate: Arrivals a second; 0 for clients that wait for their answers.
-        tokens: Output tokens of each request, exactly: `min_tokens`, `max_tokens` and `ignore_eos`.
+        tokens: Output tokens of each request, exactly: `max_tokens` and `ignore_eos`.
         prompt_words: Length of each prompt. No two prompts of a load are the same.
         seed: Of the prompts. The same seed asks every server the same.
         stream: Read server-sent events, or one answer.
@@ -105,7 +105,6 @@ def bodies(load: Load, client: int) -> list[bytes]:
     request: dict[str, Any] = {
         "model": load.model,
         "max_tokens": load.tokens,
-        "min_tokens": load.tokens,
         "ignore_eos": True,
         "stream": load.stream,
     }

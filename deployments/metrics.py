@@ -189,9 +189,11 @@ class NodeMetrics:
 
 
 def endpoint_of_this_node() -> str | None:
-    """Return the URL of Ray's Prometheus endpoint on this node, by what the head says."""
+    """Return the URL of Ray's Prometheus endpoint on this node, by what the head says; None outside Ray."""
     import ray
 
+    if not ray.is_initialized():  # or asking would start one
+        return None
     me = ray.get_runtime_context().get_node_id()
     port = next((node.get("MetricsExportPort") for node in ray.nodes() if node["NodeID"] == me), None)
     return f"http://{ray.util.get_node_ip_address()}:{port}/metrics" if port else None

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import ray
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from deployments.errors import EngineUnavailable
-from deployments.metrics import METRICS, NodeMetrics, RayMetrics
+from deployments.metrics import METRICS, NodeMetrics, RayMetrics, endpoint_of_this_node
 from tests.e2e.serving import wait_for
 
 LIMIT_S = 30
@@ -128,3 +129,9 @@ async def test_a_head_that_is_gone_holds_nobody_up() -> None:
             await node.answer()
     assert head.asked == 1, "one thread waits, not one for each who asks"
     head.silence.set()
+
+
+def test_outside_ray_there_is_no_endpoint_and_asking_starts_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("it asked Ray, which starts one"))
+    assert endpoint_of_this_node() is None
