@@ -40,16 +40,19 @@ def model_config(folder: str) -> ModelConfig:
 
 async def router(path: Path, model: ModelConfig, port: int) -> None:
     """Serve the Router's app as Serve does, over the engine at `path`."""
+    from types import SimpleNamespace
     from unittest import mock
 
     import uvicorn
+    from ray import serve
 
     from deployments import router as module
 
     def calls(handle: object, on_replicas: Any, *, join_timeout_s: float) -> LocalCalls:
         return LocalCalls(path, on_replicas, join_timeout_s=join_timeout_s)
 
-    with mock.patch.object(module, "_ServeCalls", calls):
+    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="router"), app_name="")
+    with mock.patch.object(module, "_ServeCalls", calls), mock.patch.object(serve, "get_replica_context", lambda: here):
         made = module.Router(AppConfig(models=(model,)), {model.name: None})  # type: ignore[dict-item]
         app = await made.__serve_build_asgi_app__()
     gc.collect()
