@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from deployments import grpc_wakeups
 from deployments import messages as m
 from deployments.config import FleetConfig, ModelConfig
 from deployments.fleet.autoscaling import Waits
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from deployments.seam.token_engine import TokenEngine
 
 logger = logging.getLogger("ray.serve.groundswell.engine")
+
+grpc_wakeups.install()
 
 
 class EngineUnhealthy(Exception):

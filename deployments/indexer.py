@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from deployments import grpc_wakeups
 from deployments.config import DocumentsConfig, ModelConfig
 from deployments.errors import DocumentsUnavailable
 from deployments.metrics import RayMetrics
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger("ray.serve.groundswell.indexer")
+
+grpc_wakeups.install()
 
 _SPECIAL_TOKENS = 2
 """What an embedding model puts around a text."""

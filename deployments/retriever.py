@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from deployments import grpc_wakeups
 from deployments.config import DocumentsConfig, TracingConfig
 from deployments.metrics import RayMetrics
 from deployments.outcomes import Refusal, outcome_of
@@ -18,6 +19,8 @@ from deployments.tracing import Tracing
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
+
+grpc_wakeups.install()
 
 
 class Retriever:

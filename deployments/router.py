@@ -12,8 +12,8 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any, cast
 
+from deployments import grpc_wakeups, request_scope
 from deployments import messages as m
-from deployments import request_scope
 from deployments.access.fair_share import FairShare
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyRing, key_ring
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from deployments.retrieval.api import IndexerApi, RetrieverApi
 
 logger = logging.getLogger("ray.serve.groundswell.router")
+
+grpc_wakeups.install()
 
 _FLEET_METRICS_PERIOD_S = 5.0
 _JOIN_RETRY_S = 2.0
