@@ -304,6 +304,13 @@ class TestRayUp:
         """A container goes on seeing the file that was mounted, when rsync puts another in its place."""
         assert all(Path(target).suffix == "" for target in ray_up(name)["file_mounts"])
 
+    @pytest.mark.parametrize("name", RAY_UP)
+    def test_bash_takes_each_command_in_the_brackets_that_ray_puts_around_it(self, name: str) -> None:
+        commands = [c for key, value in ray_up(name).items() if key.endswith("_commands") for c in value]
+        assert commands
+        for command in commands:
+            subprocess.run(["bash", "-n", "-c", f"({command})"], check=True, timeout=60)
+
     def test_credentials_of_the_bucket_are_read_where_ray_puts_them(self) -> None:
         config = ray_up("on-premise")
         (option,) = [option for option in config["docker"]["run_options"] if option.startswith("--env-file ")]
