@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from ray.scripts.scripts import cli as ray
 from ray.serve.scripts import cli as serve
 
 from deployments import cli as groundswell
+from deployments.outline import MAX_NUM_SEQS
 from tests.cluster.manifests import CLUSTER, ROOT, documents
 
 GUIDE = (ROOT / "docs" / "deploy.md").read_text()
@@ -56,6 +58,13 @@ def test_a_command_is_one_that_its_program_takes(words: list[str], monkeypatch: 
     TAKES[words[0]](words[1:])
 
 
+def test_a_file_goes_to_a_path_with_a_folder() -> None:
+    """Ray makes the target's folder inside the container, and fails where there is none."""
+    targets = [words[-1] for words in commands() if words[:2] == ["ray", "rsync-up"]]
+    assert len(targets) == 2
+    assert all(Path(target).is_absolute() for target in targets)
+
+
 def test_a_mistake_would_be_found() -> None:
     assert {words[0] for words in commands()} == TAKES.keys()
     with pytest.raises(click.UsageError):
@@ -89,7 +98,7 @@ def test_the_sizing_table_is_its_formula() -> None:
         at_once = [
             math.floor((SHARE * memory - weights - ALLOWANCE_GIB) * GIB / (kv * KIB) / TOKENS) for memory in memories
         ]
-        assert cells == [str(number) if number > 0 else "" for number in at_once], name
+        assert cells == [str(min(number, MAX_NUM_SEQS)) if number > 0 else "" for number in at_once], name
 
 
 def test_bytes_a_token_are_what_the_shapes_of_the_models_make_them() -> None:

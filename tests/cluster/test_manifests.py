@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._raylet import node_labels_match_selector as matches
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.sdk import get_docker_host_mount_location
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.app import assemble
 from deployments.config import LONGEST_STREAM_S, AppConfig, FleetConfig, ModelConfig
 from deployments.launch import environment
+from deployments.launch.haproxy import OWN_NODE_FIRST
 from tests.cluster.manifests import CLUSTER, ROOT, crd, documents, mistakes, schema_mistakes
 
 KUBERAY = CLUSTER / "kuberay"
@@ -218,7 +221,12 @@ class TestTheRayService:
 
     def test_no_pod_overrides_what_its_image_sets(self) -> None:
         for group in groups():
-            assert "env" not in container(group)
+            names = {variable["name"] for variable in container(group).get("env", [])}
+            assert not names & image_environment().keys()
+
+    def test_behind_the_service_requests_stay_in_the_pod_they_come_in_at(self) -> None:
+        for group in ("routers", "gpus"):
+            assert container(group)["env"] == [{"name": OWN_NODE_FIRST, "value": "1"}]
 
 
 class TestTheServeConfig:
@@ -250,8 +258,9 @@ class TestTheServeConfig:
         kuberay = serve_config()
         plain = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
         args = kuberay["applications"][0]["args"]
-        for options in each_deployments_actor_options(args):
-            del options["label_selector"]
+        for one in (args, plain["applications"][0]["args"]):
+            for options in each_deployments_actor_options(one):
+                options.pop("label_selector", None)
         del args["models"][0]["deployment"]["max_surge_percent"]
         args["router"]["keys"]["file"] = plain["applications"][0]["args"]["router"]["keys"]["file"]
         assert kuberay == plain
@@ -276,18 +285,53 @@ class TestRayUp:
         for which in ("head", "worker"):
             (start,) = [command for command in config[f"{which}_start_ray_commands"] if "ray start" in command]
             (token,) = re.findall(r"RAY_AUTH_TOKEN_PATH=(\S+)", start)
-            assert token in config["file_mounts"]
+            assert str(Path(token).parent) in config["file_mounts"]
             assert "--metrics-export-port=8080" in start
 
     @pytest.mark.parametrize("name", RAY_UP)
     def test_keys_are_where_routers_look_for_them(self, name: str) -> None:
         plain = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
-        assert plain["applications"][0]["args"]["router"]["keys"]["file"] in ray_up(name)["file_mounts"]
+        file = Path(plain["applications"][0]["args"]["router"]["keys"]["file"])
+        assert str(file.parent) in ray_up(name)["file_mounts"]
 
     @pytest.mark.parametrize("name", RAY_UP)
     def test_secrets_are_kept_out_of_version_control(self, name: str) -> None:
         assert "/cluster/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
-        assert all(source.startswith("cluster/secrets/") for source in ray_up(name)["file_mounts"].values())
+        assert set(ray_up(name)["file_mounts"].values()) == {"cluster/secrets"}
+
+    @pytest.mark.parametrize("name", RAY_UP)
+    def test_what_changes_is_mounted_by_its_folder(self, name: str) -> None:
+        """A container goes on seeing the file that was mounted, when rsync puts another in its place."""
+        assert all(Path(target).suffix == "" for target in ray_up(name)["file_mounts"])
+
+    @pytest.mark.parametrize("name", RAY_UP)
+    def test_bash_takes_each_command_in_the_brackets_that_ray_puts_around_it(self, name: str) -> None:
+        commands = [c for key, value in ray_up(name).items() if key.endswith("_commands") for c in value]
+        assert commands
+        for command in commands:
+            subprocess.run(["bash", "-n", "-c", f"({command})"], check=True, timeout=60)
+
+    def test_credentials_of_the_bucket_are_read_where_ray_puts_them(self) -> None:
+        config = ray_up("on-premise")
+        (option,) = [option for option in config["docker"]["run_options"] if option.startswith("--env-file ")]
+        folder = get_docker_host_mount_location(config["cluster_name"])
+        assert [str(Path(option.split()[1]).parent)] == [f"{folder}{target}" for target in config["file_mounts"]]
+
+    def test_each_instance_has_an_image_and_rights_of_its_own(self) -> None:
+        """Where the file names none, Ray takes an image of Ubuntu 18.04, and a head that may hand on no profile."""
+        for name, kind in ray_up("aws")["available_node_types"].items():
+            assert kind["node_config"]["ImageId"].startswith("ami-"), name
+            assert kind["node_config"]["IamInstanceProfile"]["Name"], name
+
+    def test_routers_keep_off_the_nodes_of_engines_and_engines_do_not(self) -> None:
+        kinds = ray_up("aws")["available_node_types"]
+        args = yaml.safe_load((CLUSTER / "serve.yaml").read_text())["applications"][0]["args"]
+        selectors = [options.get("label_selector", {}) for options in each_deployments_actor_options(args)]
+        takes = {kind: [matches(node.get("labels", {}), s) for s in selectors] for kind, node in kinds.items()}
+        assert takes["gpu"] == [True, False, False, False]
+        assert takes["router"] == [True, True, True, True]
+        (engine, *_) = each_deployments_actor_options(args)
+        assert kinds["gpu"]["resources"] == {"CPU": engine["num_cpus"], "GPU": engine["num_gpus"]}
 
 
 class TestTheImage:

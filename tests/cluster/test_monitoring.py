@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from deployments.metrics import METRICS
-from tests.cluster.manifests import CLUSTER, ROOT
+from tests.cluster.manifests import CLUSTER, ROOT, documents
 
 MONITORING = CLUSTER / "monitoring"
 OPERATIONS = ROOT / "docs" / "operations.md"
@@ -97,6 +97,28 @@ def test_the_documentation_names_every_metric_its_kind_and_its_labels() -> None:
     documented = {name: (kind, set(re.findall(r"\w+", tags))) for name, kind, tags in rows}
     assert len(rows) == len(documented), "each of them once"
     assert documented == {name: (metric.kind, set(metric.tags)) for name, metric in METRICS.items()}
+
+
+def test_the_pod_monitor_finds_each_pod_and_its_port() -> None:
+    (monitor,) = documents(MONITORING / "podmonitor.yaml")
+    (service,) = documents(CLUSTER / "kuberay" / "rayservice.yaml")
+    cluster = service["spec"]["rayClusterConfig"]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        template = group["template"]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        (container,) = template["spec"]["containers"]
+        assert endpoint["port"] in [port["name"] for port in container["ports"]]
+
+
+def test_the_guides_command_makes_the_alerts_a_rule_of_the_prometheus_operator() -> None:
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    (command,) = re.findall(r"^    (.*PrometheusRule.*) \| kubectl apply -f -$", guide, re.MULTILINE)
+    made = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    rule = yaml.safe_load(made.stdout)
+    assert (rule["apiVersion"], rule["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert rule["metadata"] == documents(MONITORING / "podmonitor.yaml")[0]["metadata"]
+    assert rule["spec"] == yaml.safe_load((MONITORING / "alerts.yaml").read_text())
 
 
 def test_panels_have_room_and_names_of_their_own() -> None:
