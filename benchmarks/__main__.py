@@ -58,11 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--capacity", type=float, help="requests/s that are 100%%; else as chat-32 finds it")
     parser.add_argument(
         "--engine-arg",
-        type=console.option,
+        type=console.name_and_value,
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="vLLM's, for all; the value as JSON",
+        help="vLLM's, for all; the value as JSON, or a word",
     )
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw pictures there (needs matplotlib)")
     console.add_json(parser)

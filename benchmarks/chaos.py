@@ -14,12 +14,13 @@ bits differ, and a tie may fall the other way. Faults are signals to single proc
     worker    SIGKILL to a Worker           where vLLM has given it a process of its own
     hang      SIGSTOP to EngineCore         work, and no step; noticed after `engine_stall_timeout_s`, 10 here
     silence   SIGSTOP to the replica        no heartbeat; noticed after `heartbeat_timeout_s`, 10 by default
-    router    SIGKILL to the Router         its clients lose their connections, and nothing can spare them that
+    router    SIGKILL to the Router         its clients lose their connections, or get an HTTP error: nothing can spare
+                                            them that
     queued    clients hang up whose requests wait for an engine, others' being worked on
     prefill   clients hang up while engines read their prompts
     decode    clients hang up while their answers come, streams and plain ones
 
-Places of those who hang up should be free within `FREE_AFTER_S`, and are seen to be up to `SEEN_LATE_S` later.
+Places of those who hang up should be free within `PROMISED_FREE_S`, and are seen to be up to `SEEN_LATE_S` later.
 
 A fault's row is written when all of it has been seen. Whatever ends the run, the table of what was seen is printed.
 """
@@ -72,7 +73,7 @@ BACK_WITHIN_S: Final = 300.0
 ANSWERED_WITHIN_S: Final = 240.0
 FREE_WITHIN_S: Final = 60.0
 SETTLED_S: Final = 3.0
-"""When no further stream has begun for so long, those that have not begun wait for an engine: at the latest."""
+"""Streams wait for an engine when engines are full, which half of them make so, or when none has begun for so long."""
 PREFILL_TOKENS: Final = 256
 """Of prompts, in one step of an engine: long ones take several."""
 LONG_WORDS: Final = 800
@@ -85,7 +86,8 @@ VIEW_S: Final = 0.2
 """How old `/fleet` may be."""
 LOOK_S: Final = 0.1
 SEEN_LATE_S: Final = HEARTBEAT_S + VIEW_S + LOOK_S
-FREE_AFTER_S: Final = 1.0
+PROMISED_FREE_S: Final = 1.0
+"""Within which the place of a client that hung up is free."""
 HANG_UPS: Final = ("queued", "prefill", "decode")
 QUICK: Final = (*HANG_UPS, "actor", "core", "worker", "hang", "silence", "router")
 """Every fault once, so that a run that is stopped early has seen each kind."""
@@ -428,9 +430,10 @@ async def _asking(
         finally:
             for job in jobs:
                 job.cancel()
-            for failure in await asyncio.gather(*jobs, return_exceptions=True):
-                if isinstance(failure, Exception):
-                    raise failure
+            ended = await asyncio.gather(*jobs, return_exceptions=True)
+        for failure in ended:
+            if isinstance(failure, Exception):
+                raise failure
 
 
 async def _begun(streams: Sequence[Answer], tokens: int) -> None:
@@ -647,22 +650,23 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def good(rows: dict[str, Row]) -> bool:
-    """Whether there is something to see, and nothing was lost but what a Router's death must lose, or kept too long.
+    """Whether there is something to see, and nothing was lost but what a Router's death must lose.
 
-    A fault that hit nobody's request shows nothing, and is not good either.
+    Nor was the place of a client that hung up kept too long. A fault that hit nobody's request shows nothing, and is
+    not good either.
     """
     return bool(rows) and all(
         row.tokens_off == 0
         and (row.refused == row.broken == 0 or fault == "router")
         and row.in_flight > 0
         and (fault in LOSES_NO_ENGINE or row.continued + row.restarted > 0)
-        and max(row.free_after, default=0.0) <= FREE_AFTER_S + SEEN_LATE_S
+        and max(row.free_after, default=0.0) <= PROMISED_FREE_S + SEEN_LATE_S
         for fault, row in rows.items()
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 if a request was lost that should not have been."""
+    """Run the command line; return 1 if it was not `good`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description="Break things under load.")
     parser.add_argument("--quick", action="store_true", help="each fault once")
     parser.add_argument("--faults", help="which, separated by commas")

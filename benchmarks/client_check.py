@@ -3,15 +3,15 @@
     python -m benchmarks.client_check             # the bare vLLM server: 32 clients, 128 tokens in and out
     python -m benchmarks.client_check --system groundswell
 
-What both say of one server must agree but for noise, or one of them measures itself. vLLM's draws its prompts from the
-whole vocabulary, by token; ours from few words: prompts are about as long, and no two are the same in either.
+What both say of one server should agree but for noise. vLLM's draws its prompts from the whole vocabulary, by token;
+ours from few words: prompts are about as long, and no two are the same in either. Ours is woken before other processes
+where it may be, and collects no garbage (`benchmarks.client`); vLLM's runs as it comes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +25,7 @@ from benchmarks.client import Load, Result
 from benchmarks.servers import MODEL_NAME, ROOT, ServerError, has_cuda_build, make_model, settings, while_served
 
 TOKENS: Final = 128
-VLLMS: Final = (
+VLLM_BENCH_SERVE: Final = (
     "import argparse; from vllm.benchmarks import serve; parser = argparse.ArgumentParser(); "
     "serve.add_cli_args(parser); serve.main(parser.parse_args())"
 )
@@ -55,8 +55,8 @@ def of_ours(result: Result) -> Seen:
     """Return what our client says."""
     return Seen(
         result.tokens / result.wall_s,
-        statistics.median(result.ttft_s),
-        statistics.median(result.tpot_s),
+        compare.quantile(result.ttft_s, 50),
+        compare.quantile(result.tpot_s, 50),
         result.completed,
     )
 
@@ -90,28 +90,30 @@ def command(url: str, model: Path, clients: int, seed: int, file: Path) -> list[
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     switches = ["--ignore-eos", "--save-result", "--disable-tqdm"]
-    return [sys.executable, "-c", VLLMS, *flags, *switches]
+    return [sys.executable, "-c", VLLM_BENCH_SERVE, *flags, *switches]
 
 
-def check(url: str, model: Path, clients: int, rounds: int, say: Callable[[str], None]) -> dict[str, list[Seen]]:
-    """Have both clients load the server in turns.
+def check(
+    url: str, model: Path, clients: int, rounds: int, say: Callable[[str], None], seen: dict[str, list[Seen]]
+) -> None:
+    """Have both clients load the server in turns; what they say goes into `seen`, round by round.
 
     Raises:
         ServerError: vLLM's client failed; with the end of what it said.
     """
-    seen: dict[str, list[Seen]] = {"ours": [], "vLLM's": []}
     words = compare.words_for(model, TOKENS)
     compare.send(Load(url, MODEL_NAME, clients, 1, 32, words, seed=-1))
     with tempfile.TemporaryDirectory(prefix="groundswell-client-") as folder:
         for number in range(rounds):
-            seen["ours"].append(of_ours(compare.send(Load(url, MODEL_NAME, clients, REQUESTS, TOKENS, words, number))))
+            ours = of_ours(compare.send(Load(url, MODEL_NAME, clients, REQUESTS, TOKENS, words, number)))
             file = Path(folder) / f"{number}.json"
             done = subprocess.run(command(url, model, clients, number, file), capture_output=True, text=True)
             if done.returncode or not file.is_file():
                 raise ServerError(f"vLLM's client failed:\n{done.stderr[-2000:]}")
-            seen["vLLM's"].append(of_vllms(json.loads(file.read_text())))
-            say(f"round {number + 1}  " + ";  ".join(f"{name}: {_brief(each[-1])}" for name, each in seen.items()))
-    return seen
+            vllms = of_vllms(json.loads(file.read_text()))
+            seen.setdefault("ours", []).append(ours)
+            seen.setdefault("vllm", []).append(vllms)
+            say(f"round {number + 1}  ours: {_brief(ours)};  vLLM's: {_brief(vllms)}")
 
 
 def _brief(seen: Seen) -> str:
@@ -122,7 +124,7 @@ def _brief(seen: Seen) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 if the server did not start, or vLLM's client failed."""
+    """Run the command line; return 1 if the server did not start, a client failed, or a request was lost."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.client_check", description=(__doc__ or "").split("\n")[0]
     )
@@ -140,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         server = compare.system(given.system, shared, Path(folder), 1)
 
         def work() -> None:
-            seen.update(check(server.url, model, given.clients, given.rounds, console.say))
+            check(server.url, model, given.clients, given.rounds, console.say, seen)
 
         def report() -> None:
             if seen:
@@ -149,7 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
                     given.json,
                 )
 
-        return while_served("client_check", server, work, report, (ServerError,))
+        ended = while_served("client_check", server, work, report, (ServerError, subprocess.CalledProcessError))
+    lost = any(each.completed < given.clients * REQUESTS for both in seen.values() for each in both)
+    return ended or (1 if lost else 0)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line here too")
 
 
-def option(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE, the value as JSON, or as a word if it is none."""
+def name_and_value(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE, the value as JSON, or as a word if it is none.
+
+    Raises:
+        argparse.ArgumentTypeError: There is no name or no value.
+    """
     name, _, value = text.partition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -84,12 +84,12 @@ class Numbers:
             "requests_per_s": round(self.median(lambda r: r.completed / r.wall_s), 1),
             "ttft_p50_ms": round(1000 * self.ttft_s(50), 2),
             "ttft_p99_ms": round(1000 * self.ttft_s(99), 2),
-            "failed": sum(failed(r) for r in self.results),
+            "failed": sum(not_whole(r) for r in self.results),
             "cpu_us_per_token": {k: round(v, 2) for k, v in self.cpu_us(lambda r: r.tokens).items() if v >= 0.01},
         }
 
 
-def failed(result: Result) -> int:
+def not_whole(result: Result) -> int:
     """Return how many requests did not come back whole: nothing here may be refused either."""
     return sum(result.errors.values())
 
@@ -180,7 +180,7 @@ def _turn(server: Server, name: str, turn: int, into: Numbers, say: Callable[[st
     into.cpu_s.append(meter.cpu_s)
     say(
         f"round {turn + 1}  {case.title:<24} {server.name:<16} {result.completed / result.wall_s:8.1f} requests/s"
-        f"  {result.events / result.wall_s:9.1f} events/s  {failed(result)} failed"
+        f"  {result.events / result.wall_s:9.1f} events/s  {not_whole(result)} failed"
     )
     for reason, count in result.errors.items():
         say(f"    {count} x {reason}")
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         "sides": {side: {name: n.as_json() for name, n in by_case.items()} for side, by_case in measured.items()},
     }
     console.report(numbers, given.json)
-    return 1 if any(failed(r) for by_case in measured.values() for n in by_case.values() for r in n.results) else 0
+    return 1 if any(not_whole(r) for by_case in measured.values() for n in by_case.values() for r in n.results) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -384,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=defaults.seconds, help="length of each step")
     parser.add_argument("--threads", type=int, default=defaults.threads, help="of each engine on CPUs")
     parser.add_argument(
-        "--autoscaling", type=console.option, action="append", default=[], metavar="NAME=VALUE", help="Serve's"
+        "--autoscaling", type=console.name_and_value, action="append", default=[], metavar="NAME=VALUE", help="Serve's"
     )
     parser.add_argument("--ttft-target", type=float, help="`scaling.ttft_target_s`")
     parser.add_argument("--queued-prompt-tokens", type=int, help="`scaling.queued_prompt_tokens`")

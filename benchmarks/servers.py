@@ -252,8 +252,11 @@ class BareVllm(Server):
     def command(self, port: int) -> list[str]:
         flags = []
         for key, value in self.settings.engine_args.items():
-            flag = "--" + key.replace("_", "-")
-            flags += [flag] if value is True else [f"{flag}={value}"]
+            name = key.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            elif value is not None:
+                flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict | list) else value}")
         module = "vllm.entrypoints.openai.api_server"
         return [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *flags]
 

@@ -27,7 +27,10 @@ class _ReadEmpty(socket.socket):
     """A socket that is always read empty, however little is asked for."""
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        return super().recv(max(size, _ALL), flags)
+        try:
+            return super().recv(max(size, _ALL), flags)
+        except BlockingIOError:  # the loop of another thread was quicker
+            return b""
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:
@@ -39,7 +42,7 @@ def install() -> None:
     """Have gRPC's event queue, which a process makes with its first server or channel, read its socket empty.
 
     Serve makes a replica's server right after it has imported the class of the replica, so the modules of those classes
-    call this as they are imported.
+    call this as they are imported. Later it has no effect.
     """
     from grpc._cython import cygrpc  # type: ignore[import-untyped]
 

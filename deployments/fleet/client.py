@@ -279,10 +279,7 @@ class Flight:
         if self._execution not in (None, accepted.execution):
             raise EngineFailure("deltas of another execution arrived")
         self.replica, self._execution = accepted.replica, accepted.execution
-        prefilling = self._booking.prefilling
         self._booking.settle(accepted.replica)
-        if not prefilling:
-            self._booking.prefilled()
 
     async def _settle(self, end: m.End) -> None:
         """Hold the engine to its last word."""
@@ -307,6 +304,7 @@ class Flight:
             return
         if self._execution is None:
             self._execution, self.replica = delta.execution, replica
+            self._booking.settle(replica)
         if replica != self.replica or delta.sequence < self._next_sequence:
             # Another's, or said before: it takes nothing from this stream, so it must not end it either.
             return self._fleet.metrics.inc("channel_dropped_messages", reason="foreign")

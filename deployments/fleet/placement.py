@@ -88,8 +88,11 @@ class _Account:
 class Booking:
     """One placed request's share of its replica's load. `settle`, `prefilled` and `release` keep it true.
 
-    Serve goes on asking where to place a request for a moment after another of its tasks has placed it, or its client
-    has gone: once it is settled or released, a ranking books nothing.
+    Attributes:
+        replica: Where it is booked, if anywhere.
+        prefilling: Whether the prompt still counts.
+        fixed: Whether rankings no longer move it. Serve goes on asking where to place a request for a moment after
+            another of its tasks has placed it, or its client has gone.
     """
 
     ledger: Ledger
@@ -99,22 +102,22 @@ class Booking:
     prefilling: bool = field(default=True, init=False)
     fixed: bool = field(default=False, init=False)
 
-    def settle(self, replica: str) -> None:
-        """`replica` has taken the request: book there, for good, and no longer where it was."""
-        with self.ledger.lock:
-            if not self.fixed:
-                self.fixed = True
-                self.move(replica)
-
     def move(self, replica: str) -> None:
-        """Book on `replica`, and no longer where it was. Called with the ledger's lock."""
-        if replica == self.replica:
-            return
-        self.leave()
-        self.replica, self.prefilling = replica, True
-        account = self.ledger.account(replica)
-        account.prefill_tokens += self.prompt_tokens
-        account.streams += self.streams
+        """Book on `replica`, and no longer where it was, unless that is fixed."""
+        with self.ledger.lock:
+            if self.fixed or replica == self.replica:
+                return
+            self.leave()
+            self.replica, self.prefilling = replica, True
+            account = self.ledger.account(replica)
+            account.prefill_tokens += self.prompt_tokens
+            account.streams += self.streams
+
+    def settle(self, replica: str) -> None:
+        """`replica` has taken the request: book there, for good."""
+        with self.ledger.lock:
+            self.move(replica)
+            self.fixed = True
 
     def prefilled(self) -> None:
         """The first token came back: the prompt costs nothing more."""
@@ -130,11 +133,12 @@ class Booking:
             self.leave()
 
     def leave(self) -> None:
-        """Book nowhere. Called with the ledger's lock."""
-        if self.replica is not None:
-            self.prefilled()
-            self.ledger.account(self.replica).streams -= self.streams
-            self.replica = None
+        """Book nowhere for now."""
+        with self.ledger.lock:
+            if self.replica is not None:
+                self.prefilled()
+                self.ledger.account(self.replica).streams -= self.streams
+                self.replica = None
 
 
 class Ledger:
@@ -165,7 +169,7 @@ class Ledger:
             self.account(replica).unfit = True
 
     def forget(self, replica: str) -> None:
-        """Drop what a replica reported, and its account with the last booking."""
+        """Drop what a replica reported, and its account unless something is booked there."""
         with self.lock:
             account = self._accounts.pop(replica, None)
             if account is not None and account.streams:
@@ -178,10 +182,11 @@ class Ledger:
         """Rank `candidates` for a booking and book it on the best, at once: the next request sees it there."""
         candidates = list(candidates)
         with self.lock:
-            if not booking.fixed:
-                booking.leave()
+            if booking.fixed:
+                return rank(candidates, self.loads(), booking.prompt_tokens, rng=self._rng)
+            booking.leave()
             ranked = rank(candidates, self.loads(), booking.prompt_tokens, rng=self._rng)
-            if ranked and not booking.fixed:
+            if ranked:
                 booking.move(ranked[0])
         return ranked
 

@@ -113,7 +113,7 @@ def test_only_a_routers_death_may_break_streams_and_what_hit_nobody_is_not_good(
     assert not good({"decode": Row(injected=1)})
     left = Row(injected=1, in_flight=8, free_after=(0.3,))
     assert good({"decode": left})
-    assert not good({"decode": left + Row(free_after=(chaos.FREE_AFTER_S + chaos.SEEN_LATE_S + 0.1,))})
+    assert not good({"decode": left + Row(free_after=(chaos.PROMISED_FREE_S + chaos.SEEN_LATE_S + 0.1,))})
     assert not good({})
 
 
@@ -371,3 +371,18 @@ def test_a_fault_that_does_not_exist_is_wrong_usage(capsys: pytest.CaptureFixtur
         chaos.main(["--faults", "actor,flood"])
     assert left.value.code == 2
     assert "flood" in capsys.readouterr().err
+
+
+@pytest.mark.asyncio
+async def test_what_went_wrong_first_is_what_is_told(house: StubHouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(*_: object) -> None:
+        raise RuntimeError("of a client")
+
+    monkeypatch.setattr(chaos, "ask", fails)
+    with pytest.raises(NotBack, match="of the house"):
+        async with chaos._asking(house.url, ["a"], 1, 0):
+            await asyncio.sleep(0)
+            raise NotBack("of the house")
+    with pytest.raises(RuntimeError, match="of a client"):
+        async with chaos._asking(house.url, ["a"], 1, 0):
+            await asyncio.sleep(0)

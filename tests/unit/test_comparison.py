@@ -12,7 +12,7 @@ pytest.importorskip("psutil")
 
 from aiohttp import web
 
-from benchmarks import client, client_check
+from benchmarks import client, client_check, console
 from benchmarks.client import Load, Result
 from benchmarks.compare import SYSTEMS, WORKLOADS, Case, Measured, Options, as_json, system, table
 from benchmarks.servers import EngineSettings
@@ -90,16 +90,43 @@ def test_every_workload_but_arrivals_says_how_many_clients() -> None:
     assert all(bool(what.clients) != bool(what.share) for what in WORKLOADS.values())
 
 
-def test_vllms_own_client_takes_the_command_and_is_read_in_seconds(tmp_path: Path) -> None:
+def test_vllms_own_client_takes_the_command(tmp_path: Path) -> None:
     from vllm.benchmarks.serve import add_cli_args
 
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     words = client_check.command("http://127.0.0.1:1", Path("m"), 32, 7, tmp_path / "it.json")
-    given = parser.parse_args(words[words.index(client_check.VLLMS) + 1 :])
+    given = parser.parse_args(words[words.index(client_check.VLLM_BENCH_SERVE) + 1 :])
     assert (given.max_concurrency, given.num_prompts, given.ignore_eos) == (32, 32 * client_check.REQUESTS, True)
     assert (given.random_input_len, given.random_output_len) == (client_check.TOKENS, client_check.TOKENS)
+
+
+def test_both_clients_are_read_in_seconds() -> None:
     said = {"output_throughput": 2000.0, "median_ttft_ms": 50.0, "median_tpot_ms": 4.0, "completed": 96}
     assert client_check.of_vllms(said) == client_check.Seen(2000.0, 0.05, 0.004, 96)
     ours = Result(wall_s=2.0, tokens=4000, completed=2, ttft_s=[0.04, 0.06], tpot_s=[0.003, 0.005])
     assert client_check.of_ours(ours) == client_check.Seen(2000.0, 0.05, 0.004, 2)
+
+
+def test_the_bare_server_gets_each_kind_of_argument_as_its_parser_takes_it(tmp_path: Path) -> None:
+    given = {
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "seed": None,
+        "max_num_seqs": 8,
+        "hf_overrides": {"a": 1},
+    }
+    said = system("bare", EngineSettings(given, {}), tmp_path, 1).command(8450)
+    assert said[-4:] == ["--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs=8", '--hf-overrides={"a": 1}']
+
+
+def test_an_option_is_a_name_and_a_value() -> None:
+    read = ["max_num_seqs=8", "backend=mp", 'overrides={"a": 1}']
+    assert [console.name_and_value(text) for text in read] == [
+        ("max_num_seqs", 8),
+        ("backend", "mp"),
+        ("overrides", {"a": 1}),
+    ]
+    for text in ("backend", "=8", "backend="):
+        with pytest.raises(argparse.ArgumentTypeError, match="NAME=VALUE"):
+            console.name_and_value(text)

@@ -721,6 +721,18 @@ async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again
     ticket._booking.release()
 
 
+async def test_a_ranking_between_the_first_delta_and_accepted_books_the_prompt_no_second_time(house: House) -> None:
+    flight = house.start(StubSubmission(wants=2))
+    call = await house.call()
+    call.deltas("a")
+    call.ticket.rank(house.candidates)
+    await call.accept()
+    assert house.ledger.loads()[call.replica] == ReplicaLoad(streams=1)
+    call.deltas("b", first=1)
+    call.end(1)
+    await landed(flight)
+
+
 async def test_a_request_that_a_silent_replica_has_not_answered_goes_elsewhere(house: House) -> None:
     submission = StubSubmission(wants=1)
     flight = house.start(submission)
