@@ -7,8 +7,6 @@ it has spliced a request's body (`option splice-request`), HAProxy 2.8 no longer
 Serve's own, to leave each request's `receive` to the app: Serve would read ahead without a bound, and fill a Router's
 memory with an upload that is written more slowly than it comes. Routers listen for the end of their clients themselves.
 
-What it refuses itself, because it is no HTTP or has too many or too large headers, it refuses in OpenAI's shape.
-
 With several nodes: answers that a Router owes whose node has gone without a word end after `DEAD_PEER_S`, where clients
 would wait for ever; and where `OWN_NODE_FIRST` is 1, requests stay on the node they come in at while it has a Router,
 so that a lost node costs the requests that came in there, and those of no other.
@@ -22,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import itertools
-import json
 import os
 import re
 import signal
@@ -62,20 +59,6 @@ def noticing_dead_peers(config: str) -> str:
     return _DEFAULTS.sub(lambda found: found[0] + _KEEP_ALIVE, config)
 
 
-def refusing_in_openais_shape(config: str, answer: Path) -> str:
-    """Return HAProxy's configuration with `answer`, a whole response, for requests that it refuses as bad itself."""
-    return _DEFAULTS.sub(lambda found: f"{found[0]}    errorfile 400 {answer}\n", config)
-
-
-def bad_request() -> bytes:
-    """Return that response."""
-    message = "This is not a valid HTTP request, or its headers are too many or too large."
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "bad_request"}
-    body = json.dumps({"error": error}).encode()
-    head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    return head.encode() + b"connection: close\r\ncache-control: no-cache\r\n\r\n" + body
-
-
 def own_node_first(config: str) -> str:
     """Return HAProxy's configuration with Routers of other nodes as spares, where this node has one.
 
@@ -109,9 +92,6 @@ def main() -> None:
             path = Path(value)
             # In place: Serve recognises its HAProxy by the name of this file, and writes it anew before each start.
             config = noticing_dead_peers(on_loopback(path.read_text()))
-            refusal = path.with_suffix(".400")
-            refusal.write_bytes(bad_request())
-            config = refusing_in_openais_shape(config, refusal)
             if not _user_code_has_a_thread(os.environ):
                 config = received_by_the_app(config)
             if os.environ.get(OWN_NODE_FIRST) == "1":

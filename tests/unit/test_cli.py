@@ -21,14 +21,7 @@ import yaml
 from deployments import cli
 from deployments.launch import environment, processes
 from deployments.launch.driver import Settings, cause, engine_cause, progress, ready_message
-from deployments.launch.haproxy import (
-    bad_request,
-    noticing_dead_peers,
-    on_loopback,
-    own_node_first,
-    received_by_the_app,
-    refusing_in_openais_shape,
-)
+from deployments.launch.haproxy import noticing_dead_peers, on_loopback, own_node_first, received_by_the_app
 from deployments.launch.preflight import (
     GB,
     CannotStart,
@@ -277,15 +270,6 @@ class TestEnvironment:
         config = noticing_dead_peers(self.rendered(tmp_path, ["10.0.0.2"]))
         assert config.count("option srvtcpka") == config.count("srvtcpka-cnt") == 1
         self.check(tmp_path, config)
-
-    def test_haproxy_refuses_in_openais_shape(self, tmp_path: Path) -> None:
-        (tmp_path / "refusal").write_bytes(bad_request())
-        config = refusing_in_openais_shape(self.rendered(tmp_path, ["10.0.0.2"]), tmp_path / "refusal")
-        assert config.count("errorfile 400") == 1
-        self.check(tmp_path, config)
-        head, body = bad_request().split(b"\r\n\r\n")
-        assert f"content-length: {len(body)}".encode() in head
-        assert json.loads(body)["error"]["code"] == "bad_request"
 
     @staticmethod
     def check(folder: Path, config: str) -> None:
