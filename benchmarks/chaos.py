@@ -55,7 +55,6 @@ from benchmarks.client import WORDS
 from benchmarks.replicas import cores, engines, routers, workers
 from benchmarks.servers import (
     MODEL_NAME,
-    ROOT,
     EngineSettings,
     Groundswell,
     ServerError,
@@ -683,8 +682,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no fault {sorted(unknown)[0]!r}; there are {', '.join(QUICK)}")
     until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     console.stop_in_order()
-    model = ROOT / "models" / "tiny-random"
-    make_model(model)
+    model = make_model()
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(prefix="groundswell-chaos-") as folder:
         base = settings(model, gpu=has_cuda_build())

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from benchmarks import compare, console
 from benchmarks.client import Load, Result
-from benchmarks.servers import MODEL_NAME, ROOT, ServerError, has_cuda_build, make_model, settings, while_served
+from benchmarks.servers import MODEL_NAME, ServerError, has_cuda_build, make_model, settings, while_served
 
 TOKENS: Final = 128
 VLLM_BENCH_SERVE: Final = (
@@ -134,8 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.add_json(parser)
     given = parser.parse_args(arguments)
     console.stop_in_order()
-    model = ROOT / "models" / "tiny-random"
-    make_model(model)
+    model = make_model()
     seen: dict[str, list[Seen]] = {}
     with tempfile.TemporaryDirectory(prefix="groundswell-client-") as folder:
         shared = settings(model, gpu=has_cuda_build(), max_model_len=compare.MAX_MODEL_LEN)

@@ -225,8 +225,7 @@ def compare(options: Options, say: Callable[[str], None]) -> dict[str, Measured]
     Returns:
         The numbers of each system, by name.
     """
-    model = ROOT / "models" / "tiny-random"
-    make_model(model)
+    model = make_model()
     with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:
         base = settings(model, gpu=has_cuda_build(), max_model_len=MAX_MODEL_LEN)
         shared = EngineSettings({**base.engine_args, **options.engine_args}, base.environment)

@@ -125,8 +125,7 @@ class StubbedServe(Groundswell):
 
 def settings(step_s: float) -> EngineSettings:
     """Return what both sides' engines have in common."""
-    model = ROOT / "models" / "tiny-random"
-    make_model(model)
+    model = make_model()
     args = {
         "model": str(model),
         "served_model_name": MODEL_NAME,
@@ -139,8 +138,7 @@ def settings(step_s: float) -> EngineSettings:
 
 def channel(step_s: float) -> float:
     """Return deltas per second from a stub engine, as fast as it can, to the Fleet of another process."""
-    model = str(ROOT / "models" / "tiny-random")
-    command = [sys.executable, "-m", "benchmarks.stubs", "channel", model, *map(str, CHANNEL)]
+    command = [sys.executable, "-m", "benchmarks.stubs", "channel", str(make_model()), *map(str, CHANNEL)]
     environment = {**os.environ, STEP_S: str(step_s), "PYTHONPATH": str(ROOT)}
     quiet = subprocess.DEVNULL
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, stderr=quiet)

@@ -37,7 +37,7 @@ import requests
 
 from benchmarks import console
 from benchmarks.collection import Collection, cranfield, ndcg, recall
-from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
+from benchmarks.servers import MODEL_NAME, Groundswell, ServerError, has_cuda_build, make_model, settings
 
 EMBEDDER: Final = "minilm"
 DIMENSION: Final = 384
@@ -65,8 +65,7 @@ class WithDocuments(Groundswell):
     """
 
     def __init__(self, folder: Path, embedder: Path | None, *, answers: bool = False) -> None:
-        model = ROOT / "models" / "tiny-random"
-        make_model(model)
+        model = make_model()
         asleep = None if answers else {"min_replicas": 0}
         super().__init__(settings(model, gpu=has_cuda_build()), folder, autoscaling=asleep)
         self.store = folder / "store"

@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,7 +27,7 @@ import uvloop
 
 from benchmarks import console
 from benchmarks.client import Load, bodies
-from benchmarks.servers import MODEL_NAME, ROOT, make_model
+from benchmarks.servers import MODEL_NAME, make_model
 from benchmarks.stubs.__main__ import model_config
 from benchmarks.stubs.core import STEP_S
 from benchmarks.stubs.local import REPLICA, LocalEngine
@@ -163,9 +162,7 @@ async def load(app: App, clients: int, requests: int, tokens: int, seed: int) ->
 
 async def run(rounds: int) -> dict[str, Any]:
     """Measure both apps in turns; return medians."""
-    folder = ROOT / "models" / "tiny-random"
-    make_model(folder)
-    model = model_config(str(Path(folder)))
+    model = model_config(str(make_model()))
     apps = {"router": await router(model), "bare": await bare(model)}
     for app in apps.values():
         await load(app, 32, 3, 4, seed=-1)

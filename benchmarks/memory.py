@@ -20,7 +20,7 @@ import psutil
 from benchmarks import console, usage
 from benchmarks.client import Load
 from benchmarks.compare import send
-from benchmarks.servers import MODEL_NAME, ROOT, Groundswell, ServerError, has_cuda_build, make_model, settings
+from benchmarks.servers import MODEL_NAME, Groundswell, ServerError, has_cuda_build, make_model, settings
 from deployments.launch.environment import RUN_ID
 from deployments.launch.processes import members
 
@@ -34,8 +34,7 @@ class NoRouter(Exception):
 
 def run(requests: int, concurrency: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Start Groundswell, measure it, stop it."""
-    model = ROOT / "models" / "tiny-random"
-    make_model(model)
+    model = make_model()
     with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:
         server = Groundswell(settings(model, gpu=has_cuda_build()), Path(folder))
         try:
@@ -51,8 +50,7 @@ def further(models: int, say: Callable[[str], None]) -> dict[str, Any]:
 
     None of them has an engine: it is the Router's own share of a model that is measured.
     """
-    model = ROOT / "models" / "tiny-random"
-    make_model(model)
+    model = make_model()
     rss: dict[int, float] = {}
     for number in (0, models):
         with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:

@@ -35,7 +35,7 @@ import uvloop
 from benchmarks import console
 from benchmarks.client import WORDS, go_first
 from benchmarks.memory import NoRouter, routers
-from benchmarks.servers import MODEL_NAME, ROOT, EngineSettings, Groundswell, ServerError, has_cuda_build, make_model
+from benchmarks.servers import MODEL_NAME, EngineSettings, Groundswell, ServerError, has_cuda_build, make_model
 from benchmarks.servers import settings as engine_settings
 
 DRAIN_LIMIT_S: Final = 120.0
@@ -456,8 +456,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _started(options: Options, max_queue_wait_s: float, measured: Measured) -> None:
-    model = ROOT / "models" / "tiny-random"
-    make_model(model)
+    model = make_model()
     base = engine_settings(model, gpu=has_cuda_build())
     settings = EngineSettings({**base.engine_args, "max_num_seqs": options.capacity}, base.environment)
     with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:

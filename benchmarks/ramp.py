@@ -362,8 +362,7 @@ def _report(options: Options, ramp: Ramp, given: argparse.Namespace) -> None:
 
 
 def _server(options: Options, folder: Path) -> Groundswell:
-    model = ROOT / "models" / "tiny-random"
-    make_model(model)
+    model = make_model()
     base = engine_settings(model, gpu=has_cuda_build())
     environment = {**base.environment, **({} if has_cuda_build() else {"OMP_NUM_THREADS": str(options.threads)})}
     return Groundswell(

@@ -306,10 +306,12 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def make_model(path: Path) -> None:
-    """Write the model that the benchmarks use, unless it is there."""
+def make_model() -> Path:
+    """Write the model that the benchmarks use, unless it is there; return its folder."""
+    path = ROOT / "models" / "tiny-random"
     script = ROOT / "models" / "tiny_random.py"
     subprocess.run([sys.executable, str(script), str(path)], check=True, stdout=subprocess.DEVNULL)
+    return path
 
 
 def free_port() -> int:

@@ -353,7 +353,7 @@ def test_whatever_ends_it_the_table_is_printed_and_the_server_stopped(
 
     monkeypatch.setattr(chaos, "Groundswell", Server)
     monkeypatch.setattr(chaos, "House", lambda *_: None)
-    monkeypatch.setattr(chaos, "make_model", lambda _: None)
+    monkeypatch.setattr(chaos, "make_model", lambda: Path("tiny"))
     monkeypatch.setattr(chaos, "run", run)
     monkeypatch.setattr(chaos.console, "stop_in_order", lambda: None)
     report = tmp_path / "chaos.json"
