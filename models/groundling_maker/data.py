@@ -88,7 +88,7 @@ class Writer:
         self.rng = rng
         self.unseen = unseen
         self.words = Words(rng, unseen=unseen)
-        self.facts = FactWriter(rng, unseen=unseen)
+        self.facts = FactWriter(rng, self._filler, unseen=unseen)
         self.documents = [document for i, document in enumerate(documents) if (i % 20 == 0) == unseen]
 
     def write(self, level: Level) -> Conversation:

@@ -6,10 +6,16 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from models.groundling_maker.words import COLOURS, MATERIALS, ORGANISATIONS, Words
+
+RELATIONS_SHARE = 0.45  # of the worlds: relations, not attributes
+VERB_SHARE = 0.65  # of the relations: made of a verb
+LOOSE_SHARE = 0.15  # of the facts: words of prose around entity, attribute and value
+OPENING_SHARE, ENDING_SHARE = 0.35, 0.25  # of the other statements
 
 STATEMENTS = """The {a} of {e} is {v}.
 The {a} of {e} is {v}.
@@ -37,6 +43,55 @@ The {a} is {v} for {e}.
 Note: {e} needs {v} as {a}.
 Set the {a} of {e} to {v}.
 Until further notice {e} keeps {v} as the {a}.
+In the end {e} got {v} for a {a}.
+{e} and its {a}: {v}.
+Ask {e} about the {a} and you will hear {v}.
+We measured the {a} of {e}: {v}.
+The {a} ({v}) is all that {e} shows.
+{v}, that is the {a} of {e}.
+{e} comes with {v} for its {a}.
+{e} comes with the {a} {v}.
+Whoever needs {e} must know its {a}, {v}.
+{n} gave {e} the {a} {v}.
+{n} wrote down {v} for {e} under {a}.
+Under {a}, {e} shows {v}.
+Only {e} uses {v} as {a}.
+No other place than {e} has a {a} of {v}.
+A {a} of {v} is what makes {e} special.
+Nothing but {v} works as the {a} of {e}.
+{v} became the {a} of {e} in {y}.
+{v} remains the {a} for {e}.
+{v}: {a} of {e}
+{a} = {v} ({e})
+{a}: {v} [{e}]
+{e}: {v} is the {a}, see {n}.
+{e} / {a} / {v}
+* {a} of {e} -> {v}
+{e}, whose {a} is {v}, was seen in {n}.
+{e} with the {a} {v} belongs to {n}.
+Because of its {a}, {v}, {e} was moved to {n}.
+If the {a} of {e} is not {v}, call {n}.
+You need {v} when {e} asks for the {a}.
+To change the {a} of {e} from {v}, write to {n}.
+The {a} that {e} needs is {v}.
+The present {a} of {e}, {v}, is older than {n}.
+Its {a} is {v}, which {e} has kept since {y}.
+There is a {a} of {v} at {e}.
+There, {e} still shows {v} as {a}.
+Our {a} for {e} reads {v}.
+Write {v} where {e} wants a {a}.
+Take {v} as {a} when you are at {e}.
+Use {v} for the {a} of {e} and tell {n}.
+People at {e} call {v} their {a}.
+Every {a} of {e} is {v}.
+This {a}, {v}, was made for {e}.
+At {e} they call the {a} {v}.
+From {y} to today the {a} at {e} was {v}.
+How {e} came to {v} as its {a} is a long story.
+What {e} has for a {a} is {v}.
+One reads {v} as the {a} on {e}.
+Between us, the {a} of {e} is {v}.
+Before {y} nobody knew that {e} had {v} as {a}.
 !According to {n}, {e} has {v} as its {a}.
 !The {a} which {e} was given is {v}.
 !It was agreed that for {e} the {a} should be {v}.""".split("\n")
@@ -59,9 +114,100 @@ What should the {a} of {e} be?
 Could you look up the {a} of {e}?
 What do the documents say about the {a} of {e}?
 How is the {a} of {e} set?
+{e}: {a}?
+{e}, which {a}?
+And the {a} of {e}?
+Who knows the {a} of {e}?
+Where do I find the {a} of {e}?
+Remind me of {e}'s {a}
+Show the {a} of {e}
+Name the {a} that {e} uses.
+Look for the {a} at {e}.
+About {e}: what's the {a}?
+In {e}, what is used as {a}?
+Has {e} got a {a}?
+Is there a {a} for {e}?
+Quote the sentence on the {a} of {e}.
+I forgot {e}'s {a}, what was it?
+We need to know {e}'s {a}.
+My question is about {e} and its {a}.
+What do I enter when {e} asks for the {a}?
+Under which {a} does {e} run?
+what {a} is it for {e}
+{a} for {e} please
+the {a} of {e}
+Any idea what {a} {e} uses?
+How do they call the {a} of {e}?
 !Can you find out which {a} {e} has?
 !I would like to know the {a} of {e}.
 !What was given as the {a} for {e}?""".split("\n")
+
+# What may stand before a statement, and after it in the place of its full stop.
+OPENINGS = """As everyone can see, |By now, |Officially, |On paper, |For the time being, |From {y} on, |As {n} wrote, |
+{n} told us that |{n} thinks that |They say that |It seems that |It turned out that |We found that |Please note that |
+Remember that |Be aware that |Reminder: |Important: |NB: |Fact: |{n}: |Update of {y}: |Since the fire of {y}, |
+After the last change, |During the visit of {n}, |Even in {n}, people know that |Thanks to {n}, |Unlike others, |
+Strange but true, |Contrary to what {n} said, |Last week we learned that |Once again, |Today |Still, |And |But |So |
+Besides, |(1) |2. |a) |Q3: |Step 4: |See {n}: |Chapter {y}: |In short, |To be exact, |Here |Also, |Then |Now |Perhaps |
+Under the rules of {y}, |With the help of {n}, """.replace("\n", "").split("|")
+ENDINGS = """, says {n}.|, if the notes are right.| as of {y}.|, as before.|, see {n}.| (see {n}).| (since {y}).|!|;|
+, and {n} agrees.|, but this may change.|, although {n} wanted something else.| until {y}.|, which is rare.|
+, as you know.|, which surprised {n}.| for now.|, at least in {n}.|, more or less.|, or so they say.
+""".replace("\n", "").split("|")
+
+# Verbs as base, third person, past and participle; statements and questions are made of them below.
+VERBS = (
+    """
+build builds built built|buy buys bought bought|sell sells sold sold|open opens opened opened|
+close closes closed closed|carry carries carried carried|send sends sent sent|bring brings brought brought|
+clean cleans cleaned cleaned|paint paints painted painted|draw draws drew drawn|write writes wrote written|
+read reads read read|check checks checked checked|test tests tested tested|measure measures measured measured|
+count counts counted counted|store stores stored stored|keep keeps kept kept|hide hides hid hidden|
+move moves moved moved|lift lifts lifted lifted|push pushes pushed pushed|pull pulls pulled pulled|
+drive drives drove driven|ride rides rode ridden|fly flies flew flown|sail sails sailed sailed|
+follow follows followed followed|guard guards guarded guarded|watch watches watched watched|
+call calls called called|visit visits visited visited|meet meets met met|invite invites invited invited|
+choose chooses chose chosen|prefer prefers preferred preferred|avoid avoids avoided avoided|
+collect collects collected collected|gather gathers gathered gathered|catch catches caught caught|
+cook cooks cooked cooked|eat eats ate eaten|drink drinks drank drunk|grow grows grew grown|plant plants planted planted|
+feed feeds fed fed|wash washes washed washed|wear wears wore worn|sew sews sewed sewn|cut cuts cut cut|
+break breaks broke broken|mend mends mended mended|fix fixes fixed fixed|replace replaces replaced replaced|
+rent rents rented rented|lend lends lent lent|borrow borrows borrowed borrowed|steal steals stole stolen|
+return returns returned returned|pay pays paid paid|earn earns earned earned|spend spends spent spent|
+win wins won won|lose loses lost lost|find finds found found|seek seeks sought sought|
+plan plans planned planned|start starts started started|stop stops stopped stopped|finish finishes finished finished|
+cancel cancels cancelled cancelled|delay delays delayed delayed|manage manages managed managed|
+direct directs directed directed|lead leads led led|support supports supported supported|fund funds funded funded|
+film films filmed filmed|record records recorded recorded|sing sings sang sung|play plays played played|
+publish publishes published published|print prints printed printed|copy copies copied copied|
+translate translates translated translated|review reviews reviewed reviewed|approve approves approved approved|
+reject rejects rejected rejected|report reports reported reported|describe describes described described|
+mention mentions mentioned mentioned|install installs installed installed|configure configures configured configured|
+deploy deploys deployed deployed|update updates updated updated|restart restarts restarted restarted|
+scan scans scanned scanned|load loads loaded loaded|download downloads downloaded downloaded|
+encrypt encrypts encrypted encrypted|compress compresses compressed compressed|index indexes indexed indexed|
+block blocks blocked blocked|remove removes removed removed|add adds added added|join joins joined joined|
+burn burns burned burned|freeze freezes froze frozen|melt melts melted melted|bury buries buried buried|
+discover discovers discovered discovered|observe observes observed observed|
+train trains trained trained|hire hires hired hired|cure cures cured cured|rescue rescues rescued rescued|
+praise praises praised praised|thank thanks thanked thanked|blame blames blamed blamed|trust trusts trusted trusted|
+""".replace("\n", "")
+    .strip("|")
+    .split("|")
+)
+_SIGNS = (", ", ", ", ": ", " - ", " ")
+_WORD = re.compile(r"[A-Za-z]+|\d+")
+_PLACES = "in near behind at outside under from above through into".split()
+# Statements and questions of a verb (base `{0}`, third person `{1}`, past `{2}`, participle `{3}`, place `{p}`) and the
+# kind of the value, as in `RELATIONS`.
+VERB_RELATIONS = """
+thing | {{e}} {2} {{v}}.; {{e}} {1} {{v}}.; {{v}} was {3} by {{e}}.; It was {{e}} who {2} {{v}}.; {{e}} has {3} {{v}} since {{y}}.; Only {{e}} {1} {{v}} these days.; {{e}} will {0} {{v}} in {{y}}. | What did {{e}} {0}?; What was {3} by {{e}}?; What has {{e}} {3}?; What does {{e}} {0}?; Which thing did {{e}} {0}?; Say what {{e}} {2}
+person | {{v}} {2} {{e}}.; {{v}} {1} {{e}}.; {{e}} was {3} by {{v}}.; {{e}} had been {3} by {{v}}.; It is {{v}} who {1} {{e}}.; {{v}} has {3} {{e}} in {{n}}.; Both times {{v}} {2} {{e}}. | Who {2} {{e}}?; By whom was {{e}} {3}?; Who was it that {2} {{e}}?; Who {1} {{e}}?; Who has {3} {{e}}?; {{e}} was {3} by whom?
+name | {{e}} was {3} {p} {{v}}.; They {2} {{e}} {p} {{v}}.; {p} {{v}}, {{e}} was {3}.; In {{y}} they {2} {{e}} {p} {{v}}.; {{n}} {2} {{e}} {p} {{v}}.; One can {0} {{e}} {p} {{v}}. | Where was {{e}} {3}?; Where did they {0} {{e}}?; {p} which town was {{e}} {3}?; Where can one {0} {{e}}?; Where has {{e}} been {3}?
+date | {{e}} was {3} on {{v}}.; On {{v}} they {2} {{e}}.; {{n}} {2} {{e}} on {{v}}.; {{v}} is the day when {{e}} was {3}.; They want to {0} {{e}} on {{v}}. | When was {{e}} {3}?; On which day was {{e}} {3}?; When did they {0} {{e}}?; What is the day on which {{e}} was {3}?
+amount | {{e}} {1} {{v}}.; {{e}} {2} {{v}} in {{y}}.; {{v}} were {3} by {{e}}.; {{e}} can {0} {{v}}.; With ease {{e}} {1} {{v}}. | How much does {{e}} {0}?; How much did {{e}} {0}?; How much can {{e}} {0}?; How much is {3} by {{e}}?
+amount | To {0} {{e}} takes {{v}}.; It takes {{v}} to {0} {{e}}.; {{e}} can be {3} for {{v}}.; {{n}} asks {{v}} to {0} {{e}}. | How much does it take to {0} {{e}}?; What does it take to {0} {{e}}?; For how much can {{e}} be {3}?
+"""  # noqa: E501
 
 # Relations that people put in other words than "the x of y": statements, questions, the kind of entity and of value.
 RELATIONS = """
@@ -130,20 +276,38 @@ def _parse(line: str) -> tuple[bool, Relation]:
     )
 
 
+def _of_verb(rng: random.Random, entity: str) -> Relation:
+    """Return a relation made of a verb."""
+    kind, statements, questions = rng.choice(_VERB_RELATIONS).split(" | ")
+    verb, place = rng.choice(_VERBS), rng.choice(_PLACES)
+
+    def filled(templates: str) -> tuple[str, ...]:
+        texts = (template.strip().format(*verb, p=place) for template in templates.split("; "))
+        return tuple(text[0].upper() + text[1:] for text in texts)
+
+    return Relation(filled(statements), filled(questions), entity, kind)
+
+
 def _split(templates: list[str]) -> tuple[list[str], list[str]]:
     return [t for t in templates if t[0] != "!"], [t[1:] for t in templates if t[0] == "!"]
 
 
 _SEEN_STATEMENTS, _UNSEEN_STATEMENTS = _split(STATEMENTS)
 _SEEN_QUESTIONS, _UNSEEN_QUESTIONS = _split(QUESTIONS)
+_VERBS = [tuple(verb.split()) for verb in VERBS]
+_VERB_RELATIONS = VERB_RELATIONS.strip().split("\n")
 _RELATIONS = [_parse(line) for line in RELATIONS.strip().split("\n")]
 
 
 class FactWriter:
-    """Writes facts that share entities and attributes, so that both must be read to tell them apart."""
+    """Writes facts that share entities and attributes, so that both must be read to tell them apart.
 
-    def __init__(self, rng: random.Random, *, unseen: bool = False) -> None:
+    `prose` gives sentences, whose pieces are put around facts, so that no wording can be relied upon.
+    """
+
+    def __init__(self, rng: random.Random, prose: Callable[[], str], *, unseen: bool = False) -> None:
         self.rng = rng
+        self.prose = prose
         self.unseen = unseen
         self.words = Words(rng, unseen=unseen)
         self.statements = _UNSEEN_STATEMENTS if unseen else _SEEN_STATEMENTS
@@ -153,11 +317,13 @@ class FactWriter:
     def world(self, count: int) -> tuple[list[Fact], list[tuple[str, ...]]]:
         """Return `count` facts, and questions that none of them answers though they share its words."""
         rng = self.rng
-        if rng.random() < 0.35:
+        if rng.random() < (RELATIONS_SHARE if not self.unseen else 0.35):
             kind = rng.choice(("org", "thing", "person"))
             relations = [relation for relation in self.relations if relation.entity == kind]
             relations = relations or self.relations
             chosen = rng.sample(relations, min(len(relations), rng.randint(1, 3)))
+            if not self.unseen:
+                chosen = [_of_verb(rng, kind) if rng.random() < VERB_SHARE else each for each in chosen]
             entities = self._distinct(lambda: self._of_kind(chosen[0].entity), max(2, count))
             makers: list[Callable[[str], Fact]] = [lambda e, r=r: self._related(e, r) for r in chosen]  # type: ignore[misc]
         else:
@@ -177,14 +343,50 @@ class FactWriter:
     def _attributed(self, entity: str, attribute: str) -> Fact:
         value = self.words.value()
         questions = tuple(self._fill(q, entity, attribute, value) for q in self.rng.sample(self.questions, 3))
-        sentence = self._fill(self.rng.choice(self.statements), entity, attribute, value)
+        if not self.unseen and self.rng.random() < LOOSE_SHARE:
+            questions = (*questions[:2], self._fill(self._loose(["{e}", "{a}"], "?"), entity, attribute, value))
+            statement = self._loose(["{e}", "{a}", "{v}"], ".")
+        else:
+            statement = self._in_context(self.rng.choice(self.statements))
+        sentence = self._fill(statement, entity, attribute, value)
         return Fact(entity, attribute, value, sentence, questions)
 
     def _related(self, entity: str, relation: Relation) -> Fact:
         value = self._of_kind(relation.value)
-        sentence = self._fill(self.rng.choice(relation.statements), entity, "", value)
+        sentence = self._fill(self._in_context(self.rng.choice(relation.statements)), entity, "", value)
         questions = tuple(self._fill(question, entity, "", value) for question in relation.questions)
         return Fact(entity, relation.questions[0], value, sentence, questions)
+
+    def _in_context(self, statement: str) -> str:
+        """Return the statement's template, sometimes with something before it or after it."""
+        rng = self.rng
+        if self.unseen:
+            return statement
+        if rng.random() < OPENING_SHARE:
+            opening = (
+                rng.choice(OPENINGS) if rng.random() < 0.6 else self._piece(1, 4).capitalize() + rng.choice(_SIGNS)
+            )
+            if opening[-2:] in (", ", "t ") and statement[0].isupper():
+                statement = statement[0].lower() + statement[1:]
+            statement = opening + statement
+        if statement[-1] == "." and rng.random() < ENDING_SHARE:
+            ending = rng.choice(ENDINGS) if rng.random() < 0.6 else f"{rng.choice(_SIGNS)}{self._piece(1, 5)}."
+            statement = statement[:-1] + ending
+        return statement
+
+    def _loose(self, slots: list[str], end: str) -> str:
+        """Return a template whose slots stand in any order among pieces of prose."""
+        self.rng.shuffle(slots)
+        parts = [f"{self._piece(0, 3)} {slot}" for slot in slots]
+        text = " ".join(" ".join([*parts, self._piece(0, 3)]).split())
+        return text[0].upper() + text[1:] + end
+
+    def _piece(self, fewest: int, most: int) -> str:
+        """Return some words of prose in a row."""
+        words = _WORD.findall(self.prose())
+        count = self.rng.randint(fewest, most)
+        start = self.rng.randrange(max(1, len(words) - count + 1))
+        return " ".join(words[start : start + count]) or ("it" if fewest else "")
 
     def _fill(self, template: str, entity: str, attribute: str, value: str) -> str:
         text = template.format(e=entity, a=attribute, v=value, y=self.words.year(), n=self.words.name())

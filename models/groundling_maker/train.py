@@ -42,7 +42,7 @@ SEED = 7
 PROCESSES = 2  # of one thread each: on busy cores, threads would wait for each other at every operation
 BATCH_TOKENS = 2560  # of each process
 POOL_BATCHES = 16
-DECAY_BATCHES = 2  # of each process and step while the learning rate decays
+DECAY_BATCHES = 3  # of each process and step while the learning rate decays
 COPY_STEPS = (15, 80)  # nothing but copying until the first, little after the second
 COPY_SHARE = 0.05  # of the steps after that
 # At the end: tokens that no conversation here says are all but forgotten by then.
@@ -52,7 +52,7 @@ DRILL_QUESTIONS, DRILL_TOKENS = (6, 12), 2
 MUON_LR = 0.02
 ADAM_LR = 6e-3
 WARMUP_STEPS = 40
-DECAY_STEPS = 2200
+DECAY_STEPS = 3000
 OTHER_WEIGHT = 0.03  # of tokens nobody has to say, against 1 for answers
 DECISION_WEIGHT = 4.0  # of the first tokens of an answer and of the id in it: which sentence, if any, and whose
 # Of where the told heads look. Votes matter at the beginning; later, there are other good ways to count them.
@@ -69,7 +69,7 @@ LEVELS = (
     Level((2, 7), (1, 5), (1, 6), prose=0.4, nonsense=0.05),
 )
 LONG = Level((8, 18), (3, 8), (2, 8), prose=0.5, nonsense=0.0)
-ENOUGH = (0.65, 0.55, 0.55, 2.0)  # of the answers exactly right, to go on to the next level
+ENOUGH = (0.55, 0.5, 0.5, 2.0)  # of the answers exactly right, to go on to the next level
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,10 @@ from collections.abc import Callable
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pr qu r s sh st t th tr v w y z".split()
 _VOWELS = "a e i o u a e i o ai ea ou".split()
 _CODAS = " l m n r s t k nd rt x ck".split(" ")
+# Syllables of the training set alone, that there be many of them.
+_MORE_ONSETS = "sc sm sn kn wr ph gn rh ts zh vl fj zw dw mc schr str".split()
+_MORE_VOWELS = "oo ee y ia oa au ei ie eo ua".split()
+_MORE_CODAS = "ng st sk mp lt ft ss ll p g d b f lm rn ns".split()
 # Syllables that no name of the training set has.
 _UNSEEN_ONSETS = "bl cr gl sk sl sp sw tw wh".split()
 
@@ -38,6 +42,18 @@ top speed, fuel, material, origin, inventor, patron, mascot, first owner, last i
 license plate, wing, contact, account number, order number, checksum, file name, storage key, channel,
 frequency, voltage, pressure, cover colour, page count, population, area, currency, successor, sponsor, guard,
 repair cost, delivery day, warranty, queue length, memory limit, user name, home town""".replace("\n", " ").split(", ")
+# Attributes are also made of two words, of which these are the first and the second.
+_KINDS = """ticket water paper signal music winter summer cargo guest member night morning storage memory disk
+network thread session request backup test target start end base edge cell light sound air ground ice salt sugar
+coffee cotton grain stone glass safety travel union child staff army court church crew team user admin root
+daily first last next best worst total mean highest lowest usual default secret common legal moral local global
+front rear left right upper lower main spare junior senior deputy honorary""".split()
+_MEASURES = """count limit rate level size code key name label type class path date day hour price cost tax fine rent
+score rank grade weight width depth length range area volume load speed power pressure colour shape form sign seal
+flag badge title rule order group league leader keeper officer clerk nurse judge pilot driver singer teacher partner
+rival friend tool device part cover lid handle wheel lock wire pipe filter sensor screen button format protocol
+interval window threshold quota budget balance share bonus reward prize song dish snack tree
+flower animal bird stone""".split()
 UNSEEN_ATTRIBUTES = """locker number, altitude, chief engineer, membership fee, closing date, scale, birthplace,
 cache size, insurance number, favourite drink, tide level, restart delay, donor,
 paint colour""".replace("\n", " ").split(", ")
@@ -53,11 +69,20 @@ class Words:
     def name(self) -> str:
         """Return an invented name, such as `Mardon`."""
         rng = self.rng
+        if not self.unseen and rng.random() < 0.4:
+            return self._odd_name()
         onsets = _UNSEEN_ONSETS if self.unseen else _ONSETS
         count = rng.choices((1, 2, 3), (2, 6, 2))[0]
         syllables = [rng.choice(onsets) + rng.choice(_VOWELS) + rng.choice(_CODAS)]
         syllables += [rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(count - 1)]
         return "".join(syllables).capitalize()
+
+    def _odd_name(self) -> str:
+        """Return a name of rarer syllables."""
+        rng = self.rng
+        sounds = (_ONSETS + _MORE_ONSETS, _VOWELS + _MORE_VOWELS, _CODAS + _MORE_CODAS)
+        count = rng.choices((1, 2, 3), (3, 5, 1))[0]
+        return "".join(rng.choice(each) for _ in range(count) for each in sounds).capitalize()
 
     def person(self) -> str:
         """Return a name or two."""
@@ -84,6 +109,9 @@ class Words:
     def attribute(self) -> str:
         """Return an attribute's name, sometimes with an adjective."""
         rng = self.rng
+        if not self.unseen and rng.random() < 0.5:
+            first = rng.choice((rng.choice(THINGS), rng.choice(_KINDS), rng.choice(_KINDS), self.name().lower()))
+            return f"{first} {rng.choice(_MEASURES)}"
         attribute = rng.choice(UNSEEN_ATTRIBUTES if self.unseen else ATTRIBUTES)
         draw = rng.random()
         if draw < 0.2:
