@@ -52,7 +52,7 @@ DRILL_QUESTIONS, DRILL_TOKENS = (6, 12), 2
 MUON_LR = 0.02
 ADAM_LR = 6e-3
 WARMUP_STEPS = 40
-DECAY_STEPS = 3000
+DECAY_STEPS = 2600
 OTHER_WEIGHT = 0.03  # of tokens nobody has to say, against 1 for answers
 DECISION_WEIGHT = 4.0  # of the first tokens of an answer and of the id in it: which sentence, if any, and whose
 # Of where the told heads look. Votes matter at the beginning; later, there are other good ways to count them.
