@@ -72,10 +72,10 @@ class DirectCalls:
 class DirectCall:
     """One open call. `cancel` does nothing: nobody hangs up here."""
 
-    def __init__(self, messages: AsyncIterator[m.Accepted | m.End]) -> None:
+    def __init__(self, messages: AsyncIterator[m.End]) -> None:
         self._messages = messages
 
-    def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]:
+    def __aiter__(self) -> AsyncIterator[m.End]:
         return self._messages
 
     def cancel(self) -> None:

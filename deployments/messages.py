@@ -1,7 +1,7 @@
 """What Router and Engine say to each other. Imported by both; knows neither, nor Ray, nor vLLM.
 
-Two paths: the Serve call (`Accepted`, then `End`), and the token channel (everything else). Structs are frozen, encoded
-as msgpack arrays, and begin with a version on the wire; there is no pickle on the channel.
+Two paths: the Serve call (`End` alone), and the token channel (everything else). Structs are frozen, encoded as msgpack
+arrays, and begin with a version on the wire; there is no pickle on the channel.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import Any, Final
 
 import msgspec
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 # The first frame of each message on the channel: one byte, so that a reader can choose the decoder.
 HELLO: Final = b"h"
 WELCOME: Final = b"w"
+ACCEPTED: Final = b"r"
 DELTAS: Final = b"d"
 HEARTBEAT: Final = b"b"
 ABORT: Final = b"a"
@@ -114,19 +115,19 @@ class Abort(msgspec.Struct, frozen=True, array_like=True):
     index: int = -1
 
 
-class Accepted(msgspec.Struct, frozen=True):
-    """First message of the Serve call: this replica runs the request.
+class Accepted(msgspec.Struct, frozen=True, array_like=True):
+    """This replica has these requests, which wait for their first token: a delta says so by itself.
 
     Attributes:
-        execution: Random id of this run. Deltas of any other are not ours.
+        runs: Of each the stream, and the execution: a random id of the run. Deltas of any other are not ours.
     """
 
-    replica: str
-    execution: int
+    version: int
+    runs: list[tuple[int, int]]
 
 
 class End(msgspec.Struct, frozen=True):
-    """Last message of the Serve call.
+    """Only message of the Serve call, and the last of the request.
 
     Attributes:
         last_sequence: Sequence number of the last delta sent; -1 when there was none.

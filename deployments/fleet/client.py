@@ -1,8 +1,8 @@
 """The Fleet: all engine replicas of one model, driven as if they were one engine.
 
-A request flies like this (`Flight`): book a place, call an Engine through Serve, hear `accepted`, take deltas from the
-token channel, hear `end`, and wait, bounded, for deltas that are still on their way. An engine's failure places the
-request again, from its prompt or from what the client already has; the client's own failure never does.
+A request flies like this (`Flight`): book a place, call an Engine through Serve, hear `Accepted` and take deltas from
+the token channel, hear the call's `End`, and wait, bounded, for deltas that are still on their way. An engine's failure
+places the request again, from its prompt or from what the client already has; the client's own failure never does.
 
 Knows no vLLM (requests are frames, outputs are opaque) and no Ray (an engine call is a function passed in).
 """
@@ -90,9 +90,9 @@ class Submission(Protocol):
 
 
 class EngineCall(Protocol):
-    """An open Serve call: `Accepted`, then `End`."""
+    """An open Serve call, whose only message is `End`."""
 
-    def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]: ...
+    def __aiter__(self) -> AsyncIterator[m.End]: ...
 
     def cancel(self) -> None: ...
 
@@ -227,17 +227,17 @@ class Flight:
                 _BEGUN if self._submission.progress else self._submission.order,
             ),
         )
-        messages = self._messages(call)
+        ending = self._end_of(call)
         fleet.exchange.flights[self.stream] = self
         try:
-            either: set[asyncio.Future[Any]] = {messages, self._complete}
+            either: set[asyncio.Future[Any]] = {ending, self._complete}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._complete.done():
                 self._complete.result()
                 # The client has its answer; this only lets the engine say its goodbye rather than be cancelled.
-                await asyncio.wait({messages}, timeout=fleet.config.completeness_timeout_s)
+                await asyncio.wait({ending}, timeout=fleet.config.completeness_timeout_s)
                 return
-            end = await messages
+            end = await ending
             if end is None:
                 raise EngineFailure("its call ended without a word")
             await self._settle(end)
@@ -246,20 +246,17 @@ class Flight:
             raise
         finally:
             call.cancel()
-            if not messages.done():
-                messages.cancel()
+            if not ending.done():
+                ending.cancel()
             fleet.exchange.flights.pop(self.stream, None)
             self._booking.release()
 
-    def _messages(self, call: EngineCall) -> asyncio.Task[m.End | None]:
+    def _end_of(self, call: EngineCall) -> asyncio.Task[m.End | None]:
         async def read() -> m.End | None:
             end = None
             try:
                 async for message in call:  # to its very end, or Serve would take the call for cancelled
-                    if isinstance(message, m.Accepted):
-                        self._accepted(message)
-                    else:
-                        end = message
+                    end = message
             except (EngineFailure, PublicError):
                 raise
             except asyncio.CancelledError:
@@ -271,15 +268,17 @@ class Flight:
                 raise EngineFailure(f"{type(error).__name__} in its call") from error
             return end
 
-        messages = self._loop.create_task(read())
-        messages.add_done_callback(_retrieve)
-        return messages
+        ending = self._loop.create_task(read())
+        ending.add_done_callback(_retrieve)
+        return ending
 
-    def _accepted(self, accepted: m.Accepted) -> None:
-        if self._execution not in (None, accepted.execution):
-            raise EngineFailure("deltas of another execution arrived")
-        self.replica, self._execution = accepted.replica, accepted.execution
-        self._booking.settle(accepted.replica)
+    def on_accepted(self, replica: str, execution: int) -> None:
+        """A replica has this attempt."""
+        if self._execution is None:
+            self.replica, self._execution = replica, execution
+            self._booking.settle(replica)
+        elif self._execution != execution:  # Serve tries another replica by itself where it heard nothing of the first
+            self.lose("a second execution of it began")
 
     async def _settle(self, end: m.End) -> None:
         """Hold the engine to its last word."""
@@ -303,8 +302,7 @@ class Flight:
         if self._complete.done():
             return
         if self._execution is None:
-            self._execution, self.replica = delta.execution, replica
-            self._booking.settle(replica)
+            self.on_accepted(replica, delta.execution)
         if replica != self.replica or delta.sequence < self._next_sequence:
             # Another's, or said before: it takes nothing from this stream, so it must not end it either.
             return self._fleet.metrics.inc("channel_dropped_messages", reason="foreign")
@@ -358,10 +356,10 @@ class Flight:
             self.task.cancel()
 
 
-def _retrieve(messages: asyncio.Task[Any]) -> None:
+def _retrieve(ending: asyncio.Task[Any]) -> None:
     """Look at what became of a call that nobody waits for any more, or asyncio would log it as an error."""
-    if not messages.cancelled():
-        messages.exception()
+    if not ending.cancelled():
+        ending.exception()
 
 
 class Exchange:
@@ -381,11 +379,18 @@ class Exchange:
         self.channel = RouterEnd(
             config,
             host,
+            on_accepted=self._on_accepted,
             on_deltas=self._on_deltas,
             on_heartbeat=self._on_heartbeat,
             on_gone=self._on_gone,
             metrics=metrics,
         )
+
+    def _on_accepted(self, replica: str, accepted: m.Accepted) -> None:
+        for stream, execution in accepted.runs:
+            flight = self.flights.get(stream)
+            if flight is not None:
+                flight.on_accepted(replica, execution)
 
     def _on_deltas(self, replica: str, frames: Frames) -> None:
         batch = self._decode(frames)

@@ -21,14 +21,15 @@ class StubEngine:
 
     async def generate(
         self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: None = None
-    ) -> AsyncIterator[m.Accepted | m.End]:
+    ) -> AsyncIterator[m.End]:
         link, run, sent = await self.channel.link(channel), secrets.randbits(62), 0
         prompt_tokens, wanted = self.wire.read(frames)
         self.stepped = self.stepped if self.notes.running else time.monotonic()
         self.notes.begin(channel.router, prompt_tokens)
         link.runs[run] = lambda reason: self.aborted.add(run)
         try:
-            yield m.Accepted(self.notes.replica, run)
+            link.unannounced[run] = stream
+            link.announce()
             async with self.batch:
                 async with self.prefill:
                     await asyncio.sleep(prompt_tokens * self.set.prefill_s)

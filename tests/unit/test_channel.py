@@ -48,6 +48,7 @@ class Ends:
         end = RouterEnd(
             config,
             host,
+            on_accepted=lambda replica, accepted: self.heard.note("accepted", replica, accepted),
             on_deltas=on_deltas,
             on_heartbeat=lambda beat: self.heard.note("beat", beat),
             on_gone=lambda replica: self.heard.note("gone", replica),
@@ -235,6 +236,18 @@ async def test_a_heartbeat_reaches_the_router(ends: Ends) -> None:
     assert beat == m.Heartbeat(m.VERSION, "e1", "tiny", 3, 2, 0.5, 0.1, 5)
 
 
+async def test_a_router_hears_once_which_replica_has_its_requests(ends: Ends) -> None:
+    router, engine = ends.router(), ends.engine()
+    link = await engine.link(router.address)
+    link.unannounced |= {9: 7, 4: 3}
+    link.announce()
+    link.announce()
+    link.send(m.DELTAS, [b"first"])
+    await ends.heard.until(lambda: bool(ends.deltas()))
+    said = [what for what in ends.heard.noted if what[0] in ("accepted", "delta")]
+    assert said == [("accepted", "e1", m.Accepted(m.VERSION, [(7, 9), (3, 4)])), ("delta", "e1", b"first")]
+
+
 async def test_an_abort_reaches_the_replica_it_is_for_and_no_other(ends: Ends) -> None:
     router = ends.router()
     abort = m.Abort(m.VERSION, stream=7, execution=9, index=1)
@@ -256,6 +269,8 @@ async def test_an_abort_reaches_the_replica_it_is_for_and_no_other(ends: Ends) -
         ([m.HEARTBEAT], "malformed"),
         ([m.HEARTBEAT, b"\xc1"], "malformed"),
         ([m.HEARTBEAT, msgspec.msgpack.encode([1, 2])], "malformed"),
+        ([m.ACCEPTED], "malformed"),
+        ([m.ACCEPTED, msgspec.msgpack.encode([1])], "malformed"),
         ([m.HELLO], "malformed"),
         ([m.HELLO, b"\xc1"], "malformed"),
         ([m.DELTAS, b"unreadable"], "malformed"),

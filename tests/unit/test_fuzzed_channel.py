@@ -67,11 +67,11 @@ class Submission:
 
 
 class Call:
-    """A Serve call that has been accepted by `e1` and stays open."""
+    """A Serve call that stays open."""
 
-    async def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]:
-        yield m.Accepted("e1", 7)
+    async def __aiter__(self) -> AsyncIterator[m.End]:
         await asyncio.Event().wait()
+        yield m.End(-1, m.FINISHED)
 
     def cancel(self) -> None:
         pass
@@ -95,6 +95,9 @@ class House:
     async def start(self) -> tuple[Link, Flight]:
         link = await self.engine.link(self.exchange.channel.address)
         flight = self.fleet.start(self.submission, self.fleet.admit(0))
+        await asyncio.sleep(0)  # lets it open its call
+        link.unannounced[7] = flight.stream
+        link.announce()
         await self.heard.until(lambda: flight.replica == "e1")
         return link, flight
 
