@@ -63,6 +63,7 @@ class DirectCalls:
 
     def open(self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: Any) -> DirectCall:
         ticket.rank([REPLICA])
+        ticket.taken(REPLICA)
         return DirectCall(self._engine.generate(frames, channel, stream))
 
     async def join(self, channel: m.ChannelAddress) -> list[m.EngineDescription]:

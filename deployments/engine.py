@@ -1,7 +1,7 @@
 """The Engine: one vLLM engine in one Serve replica. The only file that starts an engine.
 
 A request comes in as a streaming Serve call of one message, `End`, open for the whole generation: so Serve itself
-queues, counts ongoing requests for autoscaling, drains and cancels. All that comes before leaves by the token channel.
+queues, counts ongoing requests for autoscaling, drains and cancels. Tokens leave by the token channel.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class _Run:
         output.request_id = str(index)
         output.events = output.trace_headers = None  # engine-side statistics have used them
         self._sequence += 1
-        self._link.unannounced.pop(self.execution, None)
         self._link.pending.append((weight_version, self._delta(self.stream, self.execution, self._sequence, output)))
         self._touch(self._link)
         if output.finish_reason is not None:
@@ -218,8 +217,6 @@ class Engine:
         run = _Run(stream, link, lambda link: self._touched.add(link), self._waits)
         self._runs[run.execution] = run
         link.runs[run.execution] = lambda reason: run.end(m.ABORTED, reason)
-        link.unannounced[run.execution] = stream
-        self._touched.add(link)
         ids: list[str] = []
         outcome = "cancelled"
         try:
@@ -240,7 +237,6 @@ class Engine:
         finally:
             self._runs.pop(run.execution, None)
             link.runs.pop(run.execution, None)
-            link.unannounced.pop(run.execution, None)
             for sequence in ids:
                 self._waits.forget(sequence)
             self._metrics.inc("engine_executions", model=self._model.name, outcome=outcome)
@@ -259,7 +255,6 @@ class Engine:
         """Send what this engine step produced: one message to each Router that has a stream in it."""
         touched, self._touched = self._touched, set()
         for link in touched:
-            link.announce()
             pending, link.pending = link.pending, []
             if pending:
                 link.send(m.DELTAS, self._codec.encode_deltas(pending[0][0], [delta for _, delta in pending]))

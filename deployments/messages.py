@@ -10,12 +10,11 @@ from typing import Any, Final
 
 import msgspec
 
-VERSION: Final = 2
+VERSION: Final = 1
 
 # The first frame of each message on the channel: one byte, so that a reader can choose the decoder.
 HELLO: Final = b"h"
 WELCOME: Final = b"w"
-ACCEPTED: Final = b"r"
 DELTAS: Final = b"d"
 HEARTBEAT: Final = b"b"
 ABORT: Final = b"a"
@@ -115,19 +114,8 @@ class Abort(msgspec.Struct, frozen=True, array_like=True):
     index: int = -1
 
 
-class Accepted(msgspec.Struct, frozen=True, array_like=True):
-    """This replica has these requests, which wait for their first token: a delta says so by itself.
-
-    Attributes:
-        runs: Of each the stream, and the execution: a random id of the run. Deltas of any other are not ours.
-    """
-
-    version: int
-    runs: list[tuple[int, int]]
-
-
 class End(msgspec.Struct, frozen=True):
-    """Only message of the Serve call, and the last of the request.
+    """Only message of the Serve call.
 
     Attributes:
         last_sequence: Sequence number of the last delta sent; -1 when there was none.

@@ -126,6 +126,7 @@ class LocalCalls:
 
     def open(self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: Ticket) -> LocalCall:
         ticket.rank([REPLICA])
+        ticket.taken(REPLICA)
         return self._send(frames, channel, stream)
 
     async def join(self, channel: m.ChannelAddress) -> list[m.EngineDescription]:

@@ -131,7 +131,6 @@ class RouterEnd:
 
     Args:
         host: Address to bind: the node's own, where there is one.
-        on_accepted: Called with a replica and the requests that it has now.
         on_deltas: Called with the frames of a delta message and the replica that sent it.
         on_heartbeat: Called with each heartbeat.
         on_gone: Called with a replica that has fallen silent.
@@ -142,7 +141,6 @@ class RouterEnd:
         config: FleetConfig,
         host: str,
         *,
-        on_accepted: Callable[[str, m.Accepted], None],
         on_deltas: Callable[[str, Frames], None],
         on_heartbeat: Callable[[m.Heartbeat], None],
         on_gone: Callable[[str], None],
@@ -150,8 +148,7 @@ class RouterEnd:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._on_accepted, self._on_deltas, self._on_heartbeat = on_accepted, on_deltas, on_heartbeat
-        self._on_gone = on_gone
+        self._on_deltas, self._on_heartbeat, self._on_gone = on_deltas, on_heartbeat, on_gone
         self._metrics, self._clock = metrics, clock
         self._context = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
@@ -175,7 +172,6 @@ class RouterEnd:
         self._peers: dict[bytes, str] = {}
         self._heard: dict[bytes, float] = {}
         self._hello = msgspec.msgpack.Decoder(m.Hello)
-        self._accepted = msgspec.msgpack.Decoder(m.Accepted)
         self._heartbeat = msgspec.msgpack.Decoder(m.Heartbeat)
         self._socket = _Socket(socket, self._on_message)
         self._rounds = _Rounds(config.heartbeat_interval_s, clock)
@@ -195,8 +191,6 @@ class RouterEnd:
             self._heard[identity] = self._clock()
             if kind == m.DELTAS:
                 self._on_deltas(replica, rest)
-            elif kind == m.ACCEPTED:
-                self._on_accepted(replica, self._accepted.decode(rest[0]))
             elif kind == m.HEARTBEAT:
                 self._on_heartbeat(self._heartbeat.decode(rest[0]))
             else:
@@ -255,20 +249,13 @@ class RouterEnd:
 
 
 class Link:
-    """An engine's connection to one Router.
-
-    Attributes:
-        runs: How to end what ends with it, by execution.
-        pending: Deltas of this step.
-        unannounced: Streams of runs the Router has heard nothing of, by execution.
-    """
+    """An engine's connection to one Router. `runs` are the streams that end with it."""
 
     def __init__(self, end: EngineEnd, address: m.ChannelAddress, socket: zmq.Socket[bytes]) -> None:
         self._end = end
         self.router = address.router
         self.runs: dict[int, Callable[[str], None]] = {}
         self.pending: list[Any] = []
-        self.unannounced: dict[int, int] = {}
         self.heard = end.clock()
         self.welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._abort = msgspec.msgpack.Decoder(m.Abort)
@@ -290,13 +277,6 @@ class Link:
             self.fail("it has given this engine up")
         elif frames[0] != m.PING:
             self._end.metrics.inc("channel_dropped_messages", reason="unknown_kind")
-
-    def announce(self) -> None:
-        """Tell the Router which requests have arrived."""
-        if self.unannounced:
-            runs = [(stream, execution) for execution, stream in self.unannounced.items()]
-            self.unannounced.clear()
-            self.send(m.ACCEPTED, [_encode(m.Accepted(m.VERSION, runs))])
 
     def send(self, kind: bytes, frames: Frames) -> bool:
         """Send without ever waiting; a link whose buffer is full fails at once."""
@@ -365,6 +345,8 @@ class EngineEnd:
         except TimeoutError:
             link.fail("it did not answer on the token channel")
             raise ChannelError(f"Router {address.router} did not answer on the token channel") from None
+        if self._links.get(address.router) is not link:
+            raise ChannelError(f"Router {address.router} was lost as soon as it had answered")
         return link
 
     def _connect(self, address: m.ChannelAddress) -> zmq.Socket[bytes]:

@@ -1,8 +1,9 @@
 """The Fleet: all engine replicas of one model, driven as if they were one engine.
 
-A request flies like this (`Flight`): book a place, call an Engine through Serve, hear `Accepted` and take deltas from
-the token channel, hear the call's `End`, and wait, bounded, for deltas that are still on their way. An engine's failure
-places the request again, from its prompt or from what the client already has; the client's own failure never does.
+A request flies like this (`Flight`): book a place, call an Engine through Serve, hear from Serve which replica has the
+call, take deltas from the token channel, hear `End`, and wait, bounded, for deltas that are still on their way. An
+engine's failure places the request again, from its prompt or from what the client already has; the client's own failure
+never does.
 
 Knows no vLLM (requests are frames, outputs are opaque) and no Ray (an engine call is a function passed in).
 """
@@ -15,6 +16,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, Final, Literal, Protocol
 
 from deployments import messages as m
@@ -102,17 +104,34 @@ class Ticket:
 
     It ranks when Serve asks, with the replicas Serve knows at that moment, and books the place at once. On the wire it
     becomes None: engines have no use for it.
+
+    Args:
+        avoid: Replicas that have failed this request.
+        order: Smaller goes first among those that wait for an engine.
+        on_taken: Called with the replica that has taken the call, on whatever thread Serve says so.
     """
 
     def __init__(
-        self, ledger: Ledger, booking: Booking, avoid: frozenset[str], order: tuple[int, float] = (0, 0.0)
+        self,
+        ledger: Ledger,
+        booking: Booking,
+        avoid: frozenset[str],
+        order: tuple[int, float] = (0, 0.0),
+        *,
+        on_taken: Callable[[str], object] = lambda replica: None,
     ) -> None:
         self._ledger, self._booking, self._avoid, self.order = ledger, booking, avoid, order
+        self._on_taken = on_taken
 
     def rank(self, candidates: list[str]) -> list[str]:
         """Return replica ids, best first; those that have failed this request only where there is no other."""
         fresh = [c for c in candidates if c not in self._avoid]
         return self._ledger.place(self._booking, fresh) or self._ledger.place(self._booking, candidates)
+
+    def taken(self, replica: str) -> None:
+        """Serve has heard that `replica` runs the call."""
+        self._booking.settle(replica)
+        self._on_taken(replica)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -225,6 +244,7 @@ class Flight:
                 self._booking,
                 self._failed_replicas,
                 _BEGUN if self._submission.progress else self._submission.order,
+                on_taken=partial(self._hear_taken, self.stream),
             ),
         )
         ending = self._end_of(call)
@@ -272,13 +292,19 @@ class Flight:
         ending.add_done_callback(_retrieve)
         return ending
 
-    def on_accepted(self, replica: str, execution: int) -> None:
-        """A replica has this attempt."""
-        if self._execution is None:
-            self.replica, self._execution = replica, execution
-            self._booking.settle(replica)
-        elif self._execution != execution:  # Serve tries another replica by itself where it heard nothing of the first
-            self.lose("a second execution of it began")
+    def _hear_taken(self, stream: int, replica: str) -> None:
+        """Serve says which replica runs an attempt, on its own loop where that is not ours."""
+        if asyncio.get_running_loop() is self._loop:
+            self._taken(stream, replica)
+        else:
+            self._loop.call_soon_threadsafe(self._taken, stream, replica)
+
+    def _taken(self, stream: int, replica: str) -> None:
+        if stream != self.stream or self._complete.done():
+            return
+        if self.replica not in (None, replica):  # by its deltas; then Serve heard nothing of it, and tried another
+            return self.lose("a second execution of it began")
+        self.replica = replica
 
     async def _settle(self, end: m.End) -> None:
         """Hold the engine to its last word."""
@@ -301,8 +327,9 @@ class Flight:
         """Take one delta from the channel, in order or not at all."""
         if self._complete.done():
             return
-        if self._execution is None:
-            self.on_accepted(replica, delta.execution)
+        if self._execution is None and self.replica in (None, replica):
+            self._execution, self.replica = delta.execution, replica
+            self._booking.settle(replica)
         if replica != self.replica or delta.sequence < self._next_sequence:
             # Another's, or said before: it takes nothing from this stream, so it must not end it either.
             return self._fleet.metrics.inc("channel_dropped_messages", reason="foreign")
@@ -347,7 +374,7 @@ class Flight:
 
     def is_waiting_in(self, fleet: Fleet) -> bool:
         """Whether it is this fleet's, and no engine has taken it yet."""
-        return self._fleet is fleet and self._execution is None
+        return self._fleet is fleet and self.replica is None
 
     def close(self) -> None:
         """The client is done or gone: free whatever the request still holds."""
@@ -379,18 +406,11 @@ class Exchange:
         self.channel = RouterEnd(
             config,
             host,
-            on_accepted=self._on_accepted,
             on_deltas=self._on_deltas,
             on_heartbeat=self._on_heartbeat,
             on_gone=self._on_gone,
             metrics=metrics,
         )
-
-    def _on_accepted(self, replica: str, accepted: m.Accepted) -> None:
-        for stream, execution in accepted.runs:
-            flight = self.flights.get(stream)
-            if flight is not None:
-                flight.on_accepted(replica, execution)
 
     def _on_deltas(self, replica: str, frames: Frames) -> None:
         batch = self._decode(frames)

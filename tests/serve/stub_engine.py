@@ -28,8 +28,6 @@ class StubEngine:
         self.notes.begin(channel.router, prompt_tokens)
         link.runs[run] = lambda reason: self.aborted.add(run)
         try:
-            link.unannounced[run] = stream
-            link.announce()
             async with self.batch:
                 async with self.prefill:
                     await asyncio.sleep(prompt_tokens * self.set.prefill_s)

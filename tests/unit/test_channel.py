@@ -48,7 +48,6 @@ class Ends:
         end = RouterEnd(
             config,
             host,
-            on_accepted=lambda replica, accepted: self.heard.note("accepted", replica, accepted),
             on_deltas=on_deltas,
             on_heartbeat=lambda beat: self.heard.note("beat", beat),
             on_gone=lambda replica: self.heard.note("gone", replica),
@@ -135,6 +134,17 @@ async def test_an_engine_that_knows_the_secret_is_welcomed(ends: Ends) -> None:
     router, engine = ends.router(), ends.engine()
     await engine.link(router.address)
     assert router.replicas == {"e1"}
+
+
+async def test_a_link_that_fails_as_it_is_welcomed_is_not_handed_out(ends: Ends) -> None:
+    router, engine = ends.router(), ends.engine()
+    linking = asyncio.create_task(engine.link(router.address))
+    while not engine._links:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    (link,) = engine._links.values()
+    link.welcome.add_done_callback(lambda _: link.fail("its buffer is full"))
+    with pytest.raises(ChannelError, match="lost as soon"):
+        await linking
 
 
 async def test_callers_share_one_connection(ends: Ends) -> None:
@@ -236,18 +246,6 @@ async def test_a_heartbeat_reaches_the_router(ends: Ends) -> None:
     assert beat == m.Heartbeat(m.VERSION, "e1", "tiny", 3, 2, 0.5, 0.1, 5)
 
 
-async def test_a_router_hears_once_which_replica_has_its_requests(ends: Ends) -> None:
-    router, engine = ends.router(), ends.engine()
-    link = await engine.link(router.address)
-    link.unannounced |= {9: 7, 4: 3}
-    link.announce()
-    link.announce()
-    link.send(m.DELTAS, [b"first"])
-    await ends.heard.until(lambda: bool(ends.deltas()))
-    said = [what for what in ends.heard.noted if what[0] in ("accepted", "delta")]
-    assert said == [("accepted", "e1", m.Accepted(m.VERSION, [(7, 9), (3, 4)])), ("delta", "e1", b"first")]
-
-
 async def test_an_abort_reaches_the_replica_it_is_for_and_no_other(ends: Ends) -> None:
     router = ends.router()
     abort = m.Abort(m.VERSION, stream=7, execution=9, index=1)
@@ -269,8 +267,6 @@ async def test_an_abort_reaches_the_replica_it_is_for_and_no_other(ends: Ends) -
         ([m.HEARTBEAT], "malformed"),
         ([m.HEARTBEAT, b"\xc1"], "malformed"),
         ([m.HEARTBEAT, msgspec.msgpack.encode([1, 2])], "malformed"),
-        ([m.ACCEPTED], "malformed"),
-        ([m.ACCEPTED, msgspec.msgpack.encode([1])], "malformed"),
         ([m.HELLO], "malformed"),
         ([m.HELLO, b"\xc1"], "malformed"),
         ([m.DELTAS, b"unreadable"], "malformed"),

@@ -57,12 +57,6 @@ class StubLink:
     runs: dict[int, Callable[[str], None]] = field(default_factory=dict)
     pending: list[Any] = field(default_factory=list)
     sent: list[Any] = field(default_factory=list)
-    unannounced: dict[int, int] = field(default_factory=dict)
-    announced: list[tuple[int, int]] = field(default_factory=list)
-
-    def announce(self) -> None:
-        self.announced += self.unannounced.items()
-        self.unannounced.clear()
 
     def send(self, kind: bytes, frames: Any) -> bool:
         self.sent.append((kind, frames))
@@ -162,8 +156,11 @@ class Bench:
         return asyncio.get_running_loop().create_task(listen())
 
     async def started(self, *frames: bytes, **options: Any) -> tuple[asyncio.Task[None], int, list[str]]:
-        """Start a request and wait until all of its sequences are in the engine; return also
-        the execution, and their ids there."""
+        """Start a request and wait until all of its sequences are in the engine.
+
+        Returns:
+            The call, the execution, and the sequences' ids in the engine.
+        """
         before = len(self.llm.sinks)
         task = self.run(*frames, **options)
         await self.llm.heard.until(lambda: len(self.llm.sinks) == before + max(1, len(frames)))
@@ -184,7 +181,7 @@ async def bench() -> AsyncIterator[Bench]:
     made = Bench()
     yield made
     assert made.engine._runs == {}
-    assert all(link.runs == link.unannounced == {} for link in made.channel.links.values())
+    assert all(link.runs == {} for link in made.channel.links.values())
 
 
 async def ended(bench: Bench, task: asyncio.Task[None]) -> m.End:
@@ -268,7 +265,7 @@ async def test_sequences_are_found_by_index() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_run_ends_with_its_last_delta_and_deltas_leave_once_a_step(bench: Bench) -> None:
+async def test_a_call_ends_with_the_last_delta_and_deltas_leave_once_a_step(bench: Bench) -> None:
     task, _, (request_id,) = await bench.started()
     bench.llm.produce(request_id, 11)
     assert bench.flush() == [("router", 0, 11)]
@@ -279,18 +276,6 @@ async def test_a_run_ends_with_its_last_delta_and_deltas_leave_once_a_step(bench
     assert await ended(bench, task) == m.End(2, m.FINISHED)
     assert bench.llm.aborted == []
     assert bench.metrics.counts["engine_executions", "tiny", m.FINISHED] == 1
-
-
-@pytest.mark.asyncio
-async def test_a_request_without_a_token_in_the_next_step_is_announced_and_once(bench: Bench) -> None:
-    served, _, (request_id,) = await bench.started()
-    waits, execution, (late_id,) = await bench.started()
-    bench.llm.produce(request_id, 1, "stop")
-    bench.flush()
-    bench.flush()
-    assert bench.link.announced == [(execution, 7)]
-    bench.llm.produce(late_id, 1, "stop")
-    await asyncio.gather(served, waits)
 
 
 @pytest.mark.asyncio

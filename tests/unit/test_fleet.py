@@ -120,8 +120,8 @@ class StubCall:
     def cancel(self) -> None:
         self.cancelled = True
 
-    def accept(self, execution: int | None = None) -> None:
-        self._flight().on_accepted(self.replica, self.execution if execution is None else execution)
+    def accept(self) -> None:
+        self.ticket.taken(self.replica)
 
     async def heard(self) -> None:
         """Wait until the Fleet has heard all that was said."""
@@ -316,7 +316,7 @@ async def test_the_prompt_weighs_until_the_first_delta_and_the_stream_until_the_
     assert house.ledger.loads()[call.replica] == ReplicaLoad()
 
 
-async def test_a_delta_is_as_good_as_accepted(house: House) -> None:
+async def test_a_delta_may_overtake_what_serve_says(house: House) -> None:
     submission = StubSubmission()
     flight = house.start(submission)
     call = await house.call()
@@ -426,12 +426,46 @@ async def test_a_delta_of_another_execution_is_a_failure(house: House) -> None:
     assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
 
 
-async def test_a_second_execution_of_one_call_is_a_failure(house: House) -> None:
+async def test_a_call_that_serve_gave_to_another_replica_too_is_a_failure(house: House) -> None:
     submission = StubSubmission()
-    flight, call = await house.flown(submission)
+    flight = house.start(submission)
+    call = await house.call()
     call.deltas("a")
-    call.accept(execution=call.execution + 1)
+    call.ticket.taken(next(c for c in house.candidates if c != call.replica))
     await house.finish(2, "b", "c")
+    await landed(flight)
+    assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
+
+
+async def test_deltas_of_a_replica_that_serve_gave_up_are_not_taken(house: House) -> None:
+    submission = StubSubmission(wants=1)
+    flight = house.start(submission)
+    call = await house.call()
+    first, second = call.replica, next(c for c in house.candidates if c != call.replica)
+    call.ticket.taken(second)
+    call.deltas("lost")
+    assert (submission.outputs, house.metrics.counts["channel_dropped_messages", "foreign"]) == ([], 1)
+    assert (flight.place, first != second) == (second, True)
+    call.replica = second
+    call.deltas("a")
+    call.end(0)
+    await landed(flight)
+    assert (submission.outputs, submission.error) == (["a"], None)
+
+
+async def test_serve_may_say_so_late_and_from_another_thread(house: House) -> None:
+    submission = StubSubmission()
+    flight, first = await house.flown(submission)
+    first.fail(EngineFailure("died"))
+    second = await house.call(2)
+
+    async def taken() -> None:
+        first.ticket.taken("e3")
+        second.ticket.taken(second.replica)
+
+    await asyncio.to_thread(asyncio.run, taken())
+    assert (flight.place, house.booked()) == (second.replica, [second.replica])
+    await house.finish(2, "a", "b", "c")
     await landed(flight)
     assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
 
@@ -725,7 +759,6 @@ async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again
 async def test_a_ranking_after_the_first_delta_books_the_prompt_no_second_time(house: House) -> None:
     flight = house.start(StubSubmission(wants=2))
     call = await house.call()
-    call.accept()
     call.deltas("a")
     call.ticket.rank(house.candidates)
     assert house.ledger.loads()[call.replica] == ReplicaLoad(streams=1)

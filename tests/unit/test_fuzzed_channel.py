@@ -22,7 +22,7 @@ from deployments import messages as m
 from deployments.config import FleetConfig
 from deployments.errors import EngineUnavailable, PublicError
 from deployments.fleet.channel import EngineEnd, Link
-from deployments.fleet.client import Exchange, Fleet, Flight
+from deployments.fleet.client import Exchange, Fleet, Flight, Ticket
 from deployments.fleet.placement import Ledger
 from deployments.seam.wire import Codec, Delta
 from tests.unit.recording import LIMIT_S, Recorder
@@ -67,7 +67,10 @@ class Submission:
 
 
 class Call:
-    """A Serve call that stays open."""
+    """A Serve call that has been taken by `e1` and stays open."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        ticket.taken("e1")
 
     async def __aiter__(self) -> AsyncIterator[m.End]:
         await asyncio.Event().wait()
@@ -85,7 +88,9 @@ class House:
         self.codec = Codec()
         self.exchange = Exchange(CONFIG, LOOPBACK, Codec().decode_deltas, metrics=self.heard)
         ledger = Ledger(rng=random.Random(0))
-        self.fleet = Fleet("tiny", lambda *_: Call(), self.exchange, ledger, CONFIG, max_queued=8, metrics=self.heard)
+        self.fleet = Fleet(
+            "tiny", lambda *given: Call(given[-1]), self.exchange, ledger, CONFIG, max_queued=8, metrics=self.heard
+        )
         self.submission = Submission(self.heard)
         self.aborts: list[m.Abort] = []
         self.engine = EngineEnd(CONFIG, "e1", beat=lambda: beat("e1"), on_abort=self.aborts.append, metrics=self.heard)
@@ -95,9 +100,6 @@ class House:
     async def start(self) -> tuple[Link, Flight]:
         link = await self.engine.link(self.exchange.channel.address)
         flight = self.fleet.start(self.submission, self.fleet.admit(0))
-        await asyncio.sleep(0)  # lets it open its call
-        link.unannounced[7] = flight.stream
-        link.announce()
         await self.heard.until(lambda: flight.replica == "e1")
         return link, flight
 
