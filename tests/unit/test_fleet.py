@@ -911,7 +911,7 @@ async def test_an_engine_whose_connection_breaks_loses_its_streams(house: House)
 async def test_heartbeats_reach_the_fleet_of_their_model(house: House) -> None:
     engine, _ = await linked(house, "e1")
     await house.metrics.until(lambda: "e1" in house.fleet.heartbeats)
-    assert house.ledger.loads()["e1"].reported_streams == 1
+    assert house.ledger.loads()["e1"].other_streams == 1
     engine.close()
 
 
