@@ -260,8 +260,7 @@ class Engine:
                 link.send(m.DELTAS, self._codec.encode_deltas(pending[0][0], [delta for _, delta in pending]))
 
     def _on_abort(self, abort: m.Abort) -> None:
-        run = self._runs.get(abort.execution)
-        if run is not None and run.stream == abort.stream:
+        for run in [run for run in self._runs.values() if run.stream == abort.stream]:
             task = asyncio.get_running_loop().create_task(self._abort(run, abort.index))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 # The first frame of each message on the channel: one byte, so that a reader can choose the decoder.
 HELLO: Final = b"h"
@@ -110,7 +110,6 @@ class Abort(msgspec.Struct, frozen=True, array_like=True):
 
     version: int
     stream: int
-    execution: int
     index: int = -1
 
 

@@ -99,6 +99,10 @@ class EngineCall(Protocol):
     def cancel(self) -> None: ...
 
 
+def _ignore(replica: str) -> None:
+    pass
+
+
 class Ticket:
     """Carries the Fleet's ranking to our `RequestRouter`, as an argument of the Serve call.
 
@@ -108,7 +112,7 @@ class Ticket:
     Args:
         avoid: Replicas that have failed this request.
         order: Smaller goes first among those that wait for an engine.
-        on_taken: Called with the replica that has taken the call, on whatever thread Serve says so.
+        on_taken: Called with the replica that has taken the call, on the event loop of Serve's router.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class Ticket:
         avoid: frozenset[str],
         order: tuple[int, float] = (0, 0.0),
         *,
-        on_taken: Callable[[str], object] = lambda replica: None,
+        on_taken: Callable[[str], object],
     ) -> None:
         self._ledger, self._booking, self._avoid, self.order = ledger, booking, avoid, order
         self._on_taken = on_taken
@@ -132,6 +136,10 @@ class Ticket:
         """Serve has heard that `replica` runs the call."""
         self._booking.settle(replica)
         self._on_taken(replica)
+
+    def void(self) -> None:
+        """The call is over. Serve may keep its arguments while others wait, and the request must not go along."""
+        self._on_taken = _ignore
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -235,18 +243,14 @@ class Flight:
         """
         fleet = self._fleet
         self._reset()
-        call = fleet.call(
-            self._submission.encode(),
-            fleet.exchange.channel.address,
-            self.stream,
-            Ticket(
-                fleet.ledger,
-                self._booking,
-                self._failed_replicas,
-                _BEGUN if self._submission.progress else self._submission.order,
-                on_taken=partial(self._hear_taken, self.stream),
-            ),
+        ticket = Ticket(
+            fleet.ledger,
+            self._booking,
+            self._failed_replicas,
+            _BEGUN if self._submission.progress else self._submission.order,
+            on_taken=partial(self._hear_taken, self.stream),
         )
+        call = fleet.call(self._submission.encode(), fleet.exchange.channel.address, self.stream, ticket)
         ending = self._end_of(call)
         fleet.exchange.flights[self.stream] = self
         try:
@@ -270,6 +274,7 @@ class Flight:
                 ending.cancel()
             fleet.exchange.flights.pop(self.stream, None)
             self._booking.release()
+            ticket.void()
 
     def _end_of(self, call: EngineCall) -> asyncio.Task[m.End | None]:
         async def read() -> m.End | None:
@@ -363,12 +368,13 @@ class Flight:
             fleet.metrics.observe("fleet_time_to_first_token_seconds", now - self._started, model=fleet.model)
 
     def _abort(self, index: int) -> None:
-        if self.replica is not None and self._execution is not None:
-            self._fleet.exchange.channel.abort(self.replica, m.Abort(m.VERSION, self.stream, self._execution, index))
+        if self.replica is not None:
+            self._fleet.exchange.channel.abort(self.replica, m.Abort(m.VERSION, self.stream, index))
 
     def lose(self, reason: str) -> None:
         """The engine failed this attempt."""
         if not self._complete.done():
+            self.replica = self.place  # now, for Serve may find it another
             self._complete.set_exception(EngineFailure(reason))
             self._complete.exception()  # retrieved: the attempt may have ended by itself
 

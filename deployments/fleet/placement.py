@@ -160,7 +160,8 @@ class Ledger:
     def report(self, replica: str, *, running: int, waiting: int, kv_cache_usage: float, hung: bool = False) -> None:
         """Take over a heartbeat.
 
-        What is not ours in it is found now: by the next one, ours may have ended, and would pass for others'.
+        What is not ours in it is found now: by the next one, ours may have ended, and would pass for others'. What is
+        booked and has yet to reach the replica hides as many of the others' until then.
         """
         with self.lock:
             account = self.account(replica)

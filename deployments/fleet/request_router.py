@@ -71,7 +71,7 @@ class FleetRequestRouter(FIFOMixin, RequestRouter):
         return await super()._select_from_candidate_replicas(candidates, backoff_index)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
-        """Called when a replica has accepted a request."""
+        """Called when a replica has accepted a request, as Serve has them do wherever it may be refused."""
         super().on_request_routed(pending_request, replica_id, result)
         ticket = _ticket(pending_request)
         if ticket is not None:

@@ -349,8 +349,8 @@ async def test_a_lost_router_ends_its_runs_and_frees_their_places(bench: Bench) 
 
 @pytest.mark.asyncio
 async def test_an_abort_of_one_sequence_leaves_the_others(bench: Bench) -> None:
-    task, execution, ids = await bench.started(b"a", b"b")
-    bench.engine._on_abort(m.Abort(m.VERSION, 7, execution, 0))
+    task, _, ids = await bench.started(b"a", b"b")
+    bench.engine._on_abort(m.Abort(m.VERSION, 7, 0))
     await bench.llm.heard.until(lambda: bool(bench.llm.aborted))
     assert bench.llm.aborted == [ids[0]]
     bench.llm.produce(ids[1], 1, "stop")
@@ -359,19 +359,16 @@ async def test_an_abort_of_one_sequence_leaves_the_others(bench: Bench) -> None:
 
 @pytest.mark.asyncio
 async def test_an_abort_of_all_sequences_ends_the_run(bench: Bench) -> None:
-    task, execution, ids = await bench.started(b"a", b"b")
-    bench.engine._on_abort(m.Abort(m.VERSION, 7, execution))
+    task, _, ids = await bench.started(b"a", b"b")
+    bench.engine._on_abort(m.Abort(m.VERSION, 7))
     assert (await ended(bench, task)).outcome == m.ABORTED
     assert set(bench.llm.aborted) == set(ids)
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize(("stream", "other_execution"), [(8, 0), (7, 1)])
-async def test_an_abort_of_another_stream_or_execution_is_ignored(
-    bench: Bench, stream: int, other_execution: int
-) -> None:
-    task, execution, ids = await bench.started()
-    bench.engine._on_abort(m.Abort(m.VERSION, stream, execution + other_execution))
+async def test_an_abort_of_another_stream_is_ignored(bench: Bench) -> None:
+    task, _, ids = await bench.started()
+    bench.engine._on_abort(m.Abort(m.VERSION, 8))
     assert bench.engine._tasks == set()
     bench.llm.produce(ids[0], 1, "stop")
     assert (await ended(bench, task)).outcome == m.FINISHED

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -346,7 +348,7 @@ async def test_a_stop_found_in_the_text_aborts_the_engines_side(house: House) ->
     house.exchange.channel.abort = lambda replica, abort: sent.append((replica, abort))  # type: ignore[method-assign]
     flight, call = await house.flown(StubSubmission(wants=100))
     call.deltas("a", "stop")
-    assert sent == [(call.replica, m.Abort(m.VERSION, flight.stream, call.execution, 0))]
+    assert sent == [(call.replica, m.Abort(m.VERSION, flight.stream, 0))]
     call.end(1, m.ABORTED)
     await landed(flight)
     assert house.outcomes() == {"finished": 1}
@@ -445,7 +447,7 @@ async def test_deltas_of_a_replica_that_serve_gave_up_are_not_taken(house: House
     call.ticket.taken(second)
     call.deltas("lost")
     assert (submission.outputs, house.metrics.counts["channel_dropped_messages", "foreign"]) == ([], 1)
-    assert (flight.place, first != second) == (second, True)
+    assert flight.place == second != first
     call.replica = second
     call.deltas("a")
     call.end(0)
@@ -463,8 +465,12 @@ async def test_serve_may_say_so_late_and_from_another_thread(house: House) -> No
         first.ticket.taken("e3")
         second.ticket.taken(second.replica)
 
-    await asyncio.to_thread(asyncio.run, taken())
-    assert (flight.place, house.booked()) == (second.replica, [second.replica])
+    serves = threading.Thread(target=asyncio.run, args=(taken(),))
+    serves.start()
+    serves.join()
+    assert (flight.replica, house.booked()) == (None, [second.replica])
+    await asyncio.sleep(0)
+    assert (flight.replica, house.fleet.waiting) == (second.replica, 0)
     await house.finish(2, "a", "b", "c")
     await landed(flight)
     assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
@@ -733,7 +739,7 @@ async def test_a_hung_replica_gets_no_new_request_while_there_is_another(house: 
 async def test_while_all_replicas_are_hung_a_request_waits_for_another(house: House) -> None:
     for replica in house.candidates:
         house.fleet.on_heartbeat(beat(replica, unfinished=1, seconds_since_step=61))
-    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset({"e3"}))
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset({"e3"}), on_taken=print)
     assert ticket.rank(house.candidates) == []
     assert ticket.rank([*house.candidates, "e3"]) == ["e3"], "it failed this request, and is better than a hung one"
     ticket._booking.release()
@@ -749,7 +755,7 @@ async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again
     house.fleet.lose_replica("e1", "it is silent")
     assert (house.fleet.missing, missing.noted) == ({"e1"}, ["missing"])
     assert house.fleet.admission.capacity == 16
-    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset())
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset(), on_taken=print)
     assert ticket.rank(["e1", "e2"]) == ["e2"]
     house.fleet.joined(descriptions[0])
     assert set(ticket.rank(["e1", "e2"])) == {"e1", "e2"}
@@ -829,7 +835,7 @@ async def test_a_client_that_hangs_up_cancels_the_call_and_frees_its_place(house
     flight.close()
     await landed(flight)
     assert call.cancelled
-    assert sent == [m.Abort(m.VERSION, flight.stream, call.execution, -1)]
+    assert sent == [m.Abort(m.VERSION, flight.stream, -1)]
     assert submission.error is None
     assert house.outcomes() == {"cancelled": 1}
 
@@ -840,6 +846,40 @@ async def test_a_client_may_hang_up_before_any_engine_has_accepted(house: House)
     flight.close()
     flight.close()
     await landed(flight)
+
+
+async def test_a_client_may_hang_up_before_the_first_token(house: House) -> None:
+    sent: list[tuple[str, m.Abort]] = []
+    house.exchange.channel.abort = lambda replica, abort: sent.append((replica, abort))  # type: ignore[method-assign]
+    flight, call = await house.flown(StubSubmission())
+    flight.close()
+    await landed(flight)
+    assert sent == [(call.replica, m.Abort(m.VERSION, flight.stream))]
+    assert call.cancelled
+
+
+async def test_a_call_that_is_over_holds_nothing_of_its_request(house: House) -> None:
+    flight, call = await house.flown(StubSubmission())
+    flight.close()
+    await landed(flight)
+    house.flights.clear()
+    gone = weakref.ref(flight)
+    del flight
+    gc.collect()
+    assert gone() is None
+    call.ticket.taken("e1")
+    assert house.booked() == []
+
+
+async def test_a_replica_that_failed_is_blamed_though_serve_tries_another_at_that_moment(house: House) -> None:
+    flight = house.start(StubSubmission())
+    call = await house.call()
+    house.fleet.lose_replica(call.replica, "it is silent")
+    call.ticket.taken(next(c for c in house.candidates if c != call.replica))
+    again = await house.finish(2, "a", "b", "c")
+    await landed(flight)
+    assert flight._failed_replicas == {call.replica}
+    assert again.replica != call.replica
 
 
 async def test_a_client_may_hang_up_at_once(house: House) -> None:
@@ -923,5 +963,5 @@ async def test_an_abort_reaches_the_engine(house: House) -> None:
     flight.close()
     await landed(flight)
     await house.metrics.until(lambda: bool(aborts))
-    assert aborts == [m.Abort(m.VERSION, flight.stream, call.execution, -1)]
+    assert aborts == [m.Abort(m.VERSION, flight.stream, -1)]
     engine.close()
