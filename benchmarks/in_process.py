@@ -63,6 +63,7 @@ class DirectCalls:
 
     def open(self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: Any) -> DirectCall:
         ticket.rank([REPLICA])
+        ticket.taken(REPLICA)
         return DirectCall(self._engine.generate(frames, channel, stream))
 
     async def join(self, channel: m.ChannelAddress) -> list[m.EngineDescription]:
@@ -72,10 +73,10 @@ class DirectCalls:
 class DirectCall:
     """One open call. `cancel` does nothing: nobody hangs up here."""
 
-    def __init__(self, messages: AsyncIterator[m.Accepted | m.End]) -> None:
+    def __init__(self, messages: AsyncIterator[m.End]) -> None:
         self._messages = messages
 
-    def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]:
+    def __aiter__(self) -> AsyncIterator[m.End]:
         return self._messages
 
     def cancel(self) -> None:

@@ -1,7 +1,7 @@
 """The Engine: one vLLM engine in one Serve replica. The only file that starts an engine.
 
-A request comes in as a streaming Serve call of two messages, `Accepted` and `End`, open for the whole generation: so
-Serve itself queues, counts ongoing requests for autoscaling, drains and cancels. Tokens leave by the token channel.
+A request comes in as a streaming Serve call of one message, `End`, open for the whole generation: so Serve itself
+queues, counts ongoing requests for autoscaling, drains and cancels. Tokens leave by the token channel.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Engine:
 
     async def generate(
         self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: None = None
-    ) -> AsyncIterator[m.Accepted | m.End]:
+    ) -> AsyncIterator[m.End]:
         """Run one request, generation or pooling alike.
 
         Args:
@@ -222,7 +222,6 @@ class Engine:
         try:
             requests = self._codec.decode_requests(frames)
             ids = run.adopt(requests)
-            yield m.Accepted(self._replica, run.execution)
             for request in requests:
                 await self._llm.add(request, run)
             end = await run.done
@@ -261,8 +260,7 @@ class Engine:
                 link.send(m.DELTAS, self._codec.encode_deltas(pending[0][0], [delta for _, delta in pending]))
 
     def _on_abort(self, abort: m.Abort) -> None:
-        run = self._runs.get(abort.execution)
-        if run is not None and run.stream == abort.stream:
+        for run in [run for run in self._runs.values() if run.stream == abort.stream]:
             task = asyncio.get_running_loop().create_task(self._abort(run, abort.index))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -1,7 +1,7 @@
 """What Router and Engine say to each other. Imported by both; knows neither, nor Ray, nor vLLM.
 
-Two paths: the Serve call (`Accepted`, then `End`), and the token channel (everything else). Structs are frozen, encoded
-as msgpack arrays, and begin with a version on the wire; there is no pickle on the channel.
+Two paths: the Serve call (`End` alone), and the token channel (everything else). Structs are frozen, encoded as msgpack
+arrays, and begin with a version on the wire; there is no pickle on the channel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 # The first frame of each message on the channel: one byte, so that a reader can choose the decoder.
 HELLO: Final = b"h"
@@ -110,23 +110,11 @@ class Abort(msgspec.Struct, frozen=True, array_like=True):
 
     version: int
     stream: int
-    execution: int
     index: int = -1
 
 
-class Accepted(msgspec.Struct, frozen=True):
-    """First message of the Serve call: this replica runs the request.
-
-    Attributes:
-        execution: Random id of this run. Deltas of any other are not ours.
-    """
-
-    replica: str
-    execution: int
-
-
 class End(msgspec.Struct, frozen=True):
-    """Last message of the Serve call.
+    """Only message of the Serve call.
 
     Attributes:
         last_sequence: Sequence number of the last delta sent; -1 when there was none.

@@ -292,13 +292,13 @@ class _ServeCalls:
 
 
 class _ServeCall:
-    """One open call: `Accepted`, then `End`; what Serve raises becomes the engine's failure."""
+    """One open call, whose only message is `End`; what Serve raises becomes the engine's failure."""
 
     def __init__(self, response: Any) -> None:
         self._response = response
         self._ended = False
 
-    async def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]:
+    async def __aiter__(self) -> AsyncIterator[m.End]:
         from ray.exceptions import RayError
         from ray.serve.exceptions import BackPressureError, RayServeException
 

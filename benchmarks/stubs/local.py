@@ -36,7 +36,6 @@ class _Reply(msgspec.Struct):
     """One of them; `over` ends the call."""
 
     call: int
-    accepted: m.Accepted | None = None
     end: m.End | None = None
     description: m.EngineDescription | None = None
     over: bool = False
@@ -76,10 +75,7 @@ async def serve_engine(path: Path, model: ModelConfig) -> None:
             _write(writer, _Reply(request.call, description=await engine.join(request.channel), over=True))
             return
         async for message in engine.generate(request.frames, request.channel, request.stream):
-            if isinstance(message, m.Accepted):
-                _write(writer, _Reply(request.call, accepted=message))
-            else:
-                _write(writer, _Reply(request.call, end=message))
+            _write(writer, _Reply(request.call, end=message))
         _write(writer, _Reply(request.call, over=True))
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -130,6 +126,7 @@ class LocalCalls:
 
     def open(self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: Ticket) -> LocalCall:
         ticket.rank([REPLICA])
+        ticket.taken(REPLICA)
         return self._send(frames, channel, stream)
 
     async def join(self, channel: m.ChannelAddress) -> list[m.EngineDescription]:
@@ -145,8 +142,7 @@ class LocalCall:
         self.replies: asyncio.Queue[_Reply] = asyncio.Queue()
         self.cancel = forget
 
-    async def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]:
+    async def __aiter__(self) -> AsyncIterator[m.End]:
         while not (reply := await self.replies.get()).over:
-            message = reply.accepted or reply.end
-            assert message is not None
-            yield message
+            assert reply.end is not None
+            yield reply.end

@@ -338,11 +338,15 @@ class EngineEnd:
         link = self._links.get(address.router)
         if link is None:
             link = self._links[address.router] = Link(self, address, self._connect(address))
+        if link.welcome.done():
+            return link
         try:
             await asyncio.wait_for(asyncio.shield(link.welcome), self._config.connect_timeout_s)
         except TimeoutError:
             link.fail("it did not answer on the token channel")
             raise ChannelError(f"Router {address.router} did not answer on the token channel") from None
+        if self._links.get(address.router) is not link:
+            raise ChannelError(f"Router {address.router} was lost as soon as it had answered")
         return link
 
     def _connect(self, address: m.ChannelAddress) -> zmq.Socket[bytes]:

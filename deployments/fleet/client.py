@@ -1,8 +1,9 @@
 """The Fleet: all engine replicas of one model, driven as if they were one engine.
 
-A request flies like this (`Flight`): book a place, call an Engine through Serve, hear `accepted`, take deltas from the
-token channel, hear `end`, and wait, bounded, for deltas that are still on their way. An engine's failure places the
-request again, from its prompt or from what the client already has; the client's own failure never does.
+A request flies like this (`Flight`): book a place, call an Engine through Serve, hear from Serve which replica has the
+call, take deltas from the token channel, hear `End`, and wait, bounded, for deltas that are still on their way. An
+engine's failure places the request again, from its prompt or from what the client already has; the client's own failure
+never does.
 
 Knows no vLLM (requests are frames, outputs are opaque) and no Ray (an engine call is a function passed in).
 """
@@ -15,6 +16,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, Final, Literal, Protocol
 
 from deployments import messages as m
@@ -90,11 +92,15 @@ class Submission(Protocol):
 
 
 class EngineCall(Protocol):
-    """An open Serve call: `Accepted`, then `End`."""
+    """An open Serve call, whose only message is `End`."""
 
-    def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]: ...
+    def __aiter__(self) -> AsyncIterator[m.End]: ...
 
     def cancel(self) -> None: ...
+
+
+def _ignore(replica: str) -> None:
+    pass
 
 
 class Ticket:
@@ -102,17 +108,38 @@ class Ticket:
 
     It ranks when Serve asks, with the replicas Serve knows at that moment, and books the place at once. On the wire it
     becomes None: engines have no use for it.
+
+    Args:
+        avoid: Replicas that have failed this request.
+        order: Smaller goes first among those that wait for an engine.
+        on_taken: Called with the replica that has taken the call, on the event loop of Serve's router.
     """
 
     def __init__(
-        self, ledger: Ledger, booking: Booking, avoid: frozenset[str], order: tuple[int, float] = (0, 0.0)
+        self,
+        ledger: Ledger,
+        booking: Booking,
+        avoid: frozenset[str],
+        order: tuple[int, float] = (0, 0.0),
+        *,
+        on_taken: Callable[[str], object],
     ) -> None:
         self._ledger, self._booking, self._avoid, self.order = ledger, booking, avoid, order
+        self._on_taken = on_taken
 
     def rank(self, candidates: list[str]) -> list[str]:
         """Return replica ids, best first; those that have failed this request only where there is no other."""
         fresh = [c for c in candidates if c not in self._avoid]
         return self._ledger.place(self._booking, fresh) or self._ledger.place(self._booking, candidates)
+
+    def taken(self, replica: str) -> None:
+        """Serve has heard that `replica` runs the call."""
+        self._booking.settle(replica)
+        self._on_taken(replica)
+
+    def void(self) -> None:
+        """The call is over. Serve may keep its arguments while others wait, and the request must not go along."""
+        self._on_taken = _ignore
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -216,28 +243,25 @@ class Flight:
         """
         fleet = self._fleet
         self._reset()
-        call = fleet.call(
-            self._submission.encode(),
-            fleet.exchange.channel.address,
-            self.stream,
-            Ticket(
-                fleet.ledger,
-                self._booking,
-                self._failed_replicas,
-                _BEGUN if self._submission.progress else self._submission.order,
-            ),
+        ticket = Ticket(
+            fleet.ledger,
+            self._booking,
+            self._failed_replicas,
+            _BEGUN if self._submission.progress else self._submission.order,
+            on_taken=partial(self._hear_taken, self.stream),
         )
-        messages = self._messages(call)
+        call = fleet.call(self._submission.encode(), fleet.exchange.channel.address, self.stream, ticket)
+        ending = self._end_of(call)
         fleet.exchange.flights[self.stream] = self
         try:
-            either: set[asyncio.Future[Any]] = {messages, self._complete}
+            either: set[asyncio.Future[Any]] = {ending, self._complete}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._complete.done():
                 self._complete.result()
                 # The client has its answer; this only lets the engine say its goodbye rather than be cancelled.
-                await asyncio.wait({messages}, timeout=fleet.config.completeness_timeout_s)
+                await asyncio.wait({ending}, timeout=fleet.config.completeness_timeout_s)
                 return
-            end = await messages
+            end = await ending
             if end is None:
                 raise EngineFailure("its call ended without a word")
             await self._settle(end)
@@ -246,20 +270,18 @@ class Flight:
             raise
         finally:
             call.cancel()
-            if not messages.done():
-                messages.cancel()
+            if not ending.done():
+                ending.cancel()
             fleet.exchange.flights.pop(self.stream, None)
             self._booking.release()
+            ticket.void()
 
-    def _messages(self, call: EngineCall) -> asyncio.Task[m.End | None]:
+    def _end_of(self, call: EngineCall) -> asyncio.Task[m.End | None]:
         async def read() -> m.End | None:
             end = None
             try:
                 async for message in call:  # to its very end, or Serve would take the call for cancelled
-                    if isinstance(message, m.Accepted):
-                        self._accepted(message)
-                    else:
-                        end = message
+                    end = message
             except (EngineFailure, PublicError):
                 raise
             except asyncio.CancelledError:
@@ -271,15 +293,23 @@ class Flight:
                 raise EngineFailure(f"{type(error).__name__} in its call") from error
             return end
 
-        messages = self._loop.create_task(read())
-        messages.add_done_callback(_retrieve)
-        return messages
+        ending = self._loop.create_task(read())
+        ending.add_done_callback(_retrieve)
+        return ending
 
-    def _accepted(self, accepted: m.Accepted) -> None:
-        if self._execution not in (None, accepted.execution):
-            raise EngineFailure("deltas of another execution arrived")
-        self.replica, self._execution = accepted.replica, accepted.execution
-        self._booking.settle(accepted.replica)
+    def _hear_taken(self, stream: int, replica: str) -> None:
+        """Serve says which replica runs an attempt, on its own loop where that is not ours."""
+        if asyncio.get_running_loop() is self._loop:
+            self._taken(stream, replica)
+        else:
+            self._loop.call_soon_threadsafe(self._taken, stream, replica)
+
+    def _taken(self, stream: int, replica: str) -> None:
+        if stream != self.stream or self._complete.done():
+            return
+        if self.replica not in (None, replica):  # by its deltas; then Serve heard nothing of it, and tried another
+            return self.lose("a second execution of it began")
+        self.replica = replica
 
     async def _settle(self, end: m.End) -> None:
         """Hold the engine to its last word."""
@@ -302,7 +332,7 @@ class Flight:
         """Take one delta from the channel, in order or not at all."""
         if self._complete.done():
             return
-        if self._execution is None:
+        if self._execution is None and self.replica in (None, replica):
             self._execution, self.replica = delta.execution, replica
             self._booking.settle(replica)
         if replica != self.replica or delta.sequence < self._next_sequence:
@@ -338,18 +368,19 @@ class Flight:
             fleet.metrics.observe("fleet_time_to_first_token_seconds", now - self._started, model=fleet.model)
 
     def _abort(self, index: int) -> None:
-        if self.replica is not None and self._execution is not None:
-            self._fleet.exchange.channel.abort(self.replica, m.Abort(m.VERSION, self.stream, self._execution, index))
+        if self.replica is not None:
+            self._fleet.exchange.channel.abort(self.replica, m.Abort(m.VERSION, self.stream, index))
 
     def lose(self, reason: str) -> None:
         """The engine failed this attempt."""
         if not self._complete.done():
+            self.replica = self.place  # now, for Serve may find it another
             self._complete.set_exception(EngineFailure(reason))
             self._complete.exception()  # retrieved: the attempt may have ended by itself
 
     def is_waiting_in(self, fleet: Fleet) -> bool:
         """Whether it is this fleet's, and no engine has taken it yet."""
-        return self._fleet is fleet and self._execution is None
+        return self._fleet is fleet and self.replica is None
 
     def close(self) -> None:
         """The client is done or gone: free whatever the request still holds."""
@@ -358,10 +389,10 @@ class Flight:
             self.task.cancel()
 
 
-def _retrieve(messages: asyncio.Task[Any]) -> None:
+def _retrieve(ending: asyncio.Task[Any]) -> None:
     """Look at what became of a call that nobody waits for any more, or asyncio would log it as an error."""
-    if not messages.cancelled():
-        messages.exception()
+    if not ending.cancelled():
+        ending.exception()
 
 
 class Exchange:

@@ -13,8 +13,12 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-DECODE_STREAM_TOKENS = 64.0
-"""What one running stream costs the next request, in prefill tokens: it takes its share of every step."""
+DECODE_STREAM_TOKENS = 256.0
+"""What one running stream costs the next request, in prefill tokens: it takes its share of every step to come.
+
+About the context of a chat, which each step reads (NVIDIA Dynamo's router counts it so, in blocks). With less, short
+prompts outweigh streams: the engine whose chats end together does not get all of the next ones, but another gets some.
+"""
 QUEUED_REQUEST_TOKENS = 512.0
 """What a request that waits in an engine is taken for, when another Router placed it and its prompt is unknown."""
 KV_PRESSURE_FROM = 0.9
@@ -29,8 +33,8 @@ class ReplicaLoad:
     Attributes:
         prefill_tokens: Prompt tokens this Router booked there whose first token has not come back.
         streams: Sequences this Router has there, prefilling ones included.
-        reported_streams: Requests running there by its last heartbeat, from all Routers.
-        reported_waiting: Requests queued inside its engine, from all Routers.
+        other_streams: Requests of other Routers that ran there at its last heartbeat.
+        other_waiting: Those that waited inside its engine.
         kv_cache_usage: 0 to 1, by its last heartbeat.
         unfit: It owes work and makes no step, or has fallen silent. It gets nothing: whatever must wait waits better in
             the Router, from where the next replica takes it.
@@ -38,22 +42,20 @@ class ReplicaLoad:
 
     prefill_tokens: int = 0
     streams: int = 0
-    reported_streams: int = 0
-    reported_waiting: int = 0
+    other_streams: int = 0
+    other_waiting: int = 0
     kv_cache_usage: float = 0.0
     unfit: bool = False
 
 
 def cost(load: ReplicaLoad, prompt_tokens: int) -> float:
     """Return the cost of placing a prompt of `prompt_tokens` on a replica with this load."""
-    others = max(0, load.reported_streams + load.reported_waiting - load.streams)
-    others_waiting = min(others, load.reported_waiting)
     pressure = max(0.0, load.kv_cache_usage - KV_PRESSURE_FROM) / (1 - KV_PRESSURE_FROM)
     return (
         prompt_tokens
         + load.prefill_tokens
-        + DECODE_STREAM_TOKENS * (load.streams + others - others_waiting)
-        + QUEUED_REQUEST_TOKENS * others_waiting
+        + DECODE_STREAM_TOKENS * (load.streams + load.other_streams)
+        + QUEUED_REQUEST_TOKENS * load.other_waiting
         + KV_PRESSURE_TOKENS * pressure
     )
 
@@ -75,8 +77,8 @@ def rank(
 class _Account:
     prefill_tokens: int = 0
     streams: int = 0
-    reported_streams: int = 0
-    reported_waiting: int = 0
+    other_streams: int = 0
+    other_waiting: int = 0
     kv_cache_usage: float = 0.0
     unfit: bool = False
 
@@ -156,10 +158,16 @@ class Ledger:
         return self._accounts.setdefault(replica, _Account())
 
     def report(self, replica: str, *, running: int, waiting: int, kv_cache_usage: float, hung: bool = False) -> None:
-        """Take over a heartbeat."""
+        """Take over a heartbeat.
+
+        What is not ours in it is found now: by the next one, ours may have ended, and would pass for others'. What is
+        booked and has yet to reach the replica hides as many of the others' until then.
+        """
         with self.lock:
             account = self.account(replica)
-            account.reported_streams, account.reported_waiting = running, waiting
+            others = max(0, running + waiting - account.streams)
+            account.other_waiting = min(others, waiting)
+            account.other_streams = others - account.other_waiting
             account.kv_cache_usage, account.unfit = kv_cache_usage, hung
 
     def suspend(self, replica: str) -> None:

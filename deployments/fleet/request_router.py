@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray.serve._private.common import RequestMetadata
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments.fleet.client import Ticket
@@ -68,6 +69,13 @@ class FleetRequestRouter(FIFOMixin, RequestRouter):
         if self.replica_queue_len_cache.get(first) is None and first not in self._unreachable:
             return self.curr_replicas.get(first)
         return await super()._select_from_candidate_replicas(candidates, backoff_index)
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+        """Called when a replica has accepted a request, as Serve has them do wherever it may be refused."""
+        super().on_request_routed(pending_request, replica_id, result)
+        ticket = _ticket(pending_request)
+        if ticket is not None:
+            ticket.taken(replica_id.unique_id)
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_unavailable(replica_id)

@@ -21,18 +21,17 @@ class StubEngine:
 
     async def generate(
         self, frames: list[bytes], channel: m.ChannelAddress, stream: int, ticket: None = None
-    ) -> AsyncIterator[m.Accepted | m.End]:
+    ) -> AsyncIterator[m.End]:
         link, run, sent = await self.channel.link(channel), secrets.randbits(62), 0
         prompt_tokens, wanted = self.wire.read(frames)
         self.stepped = self.stepped if self.notes.running else time.monotonic()
         self.notes.begin(channel.router, prompt_tokens)
-        link.runs[run] = lambda reason: self.aborted.add(run)
+        link.runs[run] = lambda reason: self.aborted.add(stream)
         try:
-            yield m.Accepted(self.notes.replica, run)
             async with self.batch:
                 async with self.prefill:
                     await asyncio.sleep(prompt_tokens * self.set.prefill_s)
-                while sent < wanted and run not in self.aborted:
+                while sent < wanted and stream not in self.aborted:
                     await obey(self.notes, sent)
                     await make(self.notes, self.set)
                     link.send(m.DELTAS, self.wire.token(stream, run, sent, prompt_tokens, wanted))
@@ -43,7 +42,7 @@ class StubEngine:
             self.notes.finish()
 
     def abort(self, abort: m.Abort) -> None:
-        self.aborted.add(abort.execution)
+        self.aborted.add(abort.stream)
 
     def beat(self) -> m.Heartbeat:
         work, idle_s = self.notes.running, time.monotonic() - self.stepped

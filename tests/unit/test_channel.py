@@ -136,6 +136,17 @@ async def test_an_engine_that_knows_the_secret_is_welcomed(ends: Ends) -> None:
     assert router.replicas == {"e1"}
 
 
+async def test_a_link_that_fails_as_it_is_welcomed_is_not_handed_out(ends: Ends) -> None:
+    router, engine = ends.router(), ends.engine()
+    linking = asyncio.create_task(engine.link(router.address))
+    while not engine._links:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    (link,) = engine._links.values()
+    link.welcome.add_done_callback(lambda _: link.fail("its buffer is full"))
+    with pytest.raises(ChannelError, match="lost as soon"):
+        await linking
+
+
 async def test_callers_share_one_connection(ends: Ends) -> None:
     router, engine = ends.router(), ends.engine()
     links = await asyncio.gather(*(engine.link(router.address) for _ in range(8)))
@@ -237,7 +248,7 @@ async def test_a_heartbeat_reaches_the_router(ends: Ends) -> None:
 
 async def test_an_abort_reaches_the_replica_it_is_for_and_no_other(ends: Ends) -> None:
     router = ends.router()
-    abort = m.Abort(m.VERSION, stream=7, execution=9, index=1)
+    abort = m.Abort(m.VERSION, stream=7, index=1)
     others: list[m.Abort] = []
     e1, e2 = ends.engine("e1"), ends.engine("e2")
     e2.on_abort = others.append
@@ -273,7 +284,7 @@ async def test_what_a_router_cannot_read_is_dropped_and_counted(ends: Ends, fram
 async def test_what_an_engine_cannot_read_is_dropped_and_counted(ends: Ends) -> None:
     bare, engine = BareRouter(ends), ends.engine()
     await bare.linked(engine)
-    abort = m.Abort(m.VERSION, 1, 2)
+    abort = m.Abort(m.VERSION, 1)
     await bare.say(m.ABORT)
     await bare.say(m.ABORT, b"\xc1")
     await bare.say(b"?")

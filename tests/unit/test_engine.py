@@ -140,7 +140,7 @@ class Bench:
             _llm=self.llm,
             _channel=self.channel,
         )
-        self.said: list[m.Accepted | m.End] = []
+        self.ends: list[m.End] = []
 
     @property
     def link(self) -> StubLink:
@@ -150,19 +150,21 @@ class Bench:
         address = m.ChannelAddress(router, ADDRESS.endpoint, None, b"secret")
 
         async def listen() -> None:
-            async for message in self.engine.generate(list(frames) or [b"r"], address, stream):
-                self.said.append(message)
+            async for end in self.engine.generate(list(frames) or [b"r"], address, stream):
+                self.ends.append(end)
 
         return asyncio.get_running_loop().create_task(listen())
 
-    async def started(self, *frames: bytes, **options: Any) -> tuple[asyncio.Task[None], m.Accepted, list[str]]:
-        """Start a request and wait until all of its sequences are in the engine; return also their ids there."""
+    async def started(self, *frames: bytes, **options: Any) -> tuple[asyncio.Task[None], int, list[str]]:
+        """Start a request and wait until all of its sequences are in the engine.
+
+        Returns:
+            The call, the execution, and the sequences' ids in the engine.
+        """
         before = len(self.llm.sinks)
         task = self.run(*frames, **options)
         await self.llm.heard.until(lambda: len(self.llm.sinks) == before + max(1, len(frames)))
-        accepted = self.said[-1]
-        assert isinstance(accepted, m.Accepted)
-        return task, accepted, list(self.llm.sinks)[before:]
+        return task, list(self.engine._runs)[-1], list(self.llm.sinks)[before:]
 
     def flush(self) -> list[tuple[str, int, int]]:
         """End an engine step; return what was sent: router, sequence number and token."""
@@ -185,8 +187,7 @@ async def bench() -> AsyncIterator[Bench]:
 async def ended(bench: Bench, task: asyncio.Task[None]) -> m.End:
     async with asyncio.timeout(LIMIT_S):
         await task
-    end = bench.said[-1]
-    assert isinstance(end, m.End)
+    (end,) = bench.ends
     return end
 
 
@@ -264,9 +265,8 @@ async def test_sequences_are_found_by_index() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_call_is_accepted_then_ended_and_deltas_leave_once_a_step(bench: Bench) -> None:
-    task, accepted, (request_id,) = await bench.started()
-    assert accepted.replica == "e1"
+async def test_a_call_ends_with_the_last_delta_and_deltas_leave_once_a_step(bench: Bench) -> None:
+    task, _, (request_id,) = await bench.started()
     bench.llm.produce(request_id, 11)
     assert bench.flush() == [("router", 0, 11)]
     bench.llm.produce(request_id, 12)
@@ -325,7 +325,7 @@ async def test_what_else_goes_wrong_is_the_engines_fault_and_is_not_told(bench: 
 async def test_a_router_that_cannot_be_reached_is_told_so_before_any_work(bench: Bench) -> None:
     bench.channel.reachable = False
     end = await ended(bench, bench.run())
-    assert (end.outcome, bench.said, bench.llm.sinks) == (m.FAILED, [end], {})
+    assert (end.outcome, bench.llm.sinks) == (m.FAILED, {})
 
 
 @pytest.mark.asyncio
@@ -339,9 +339,9 @@ async def test_a_cancelled_call_frees_its_place_in_the_batch(bench: Bench) -> No
 
 @pytest.mark.asyncio
 async def test_a_lost_router_ends_its_runs_and_frees_their_places(bench: Bench) -> None:
-    task, accepted, ids = await bench.started()
+    task, execution, ids = await bench.started()
     bench.llm.produce(ids[0], 1)
-    bench.link.runs[accepted.execution]("its token channel is full or gone")
+    bench.link.runs[execution]("its token channel is full or gone")
     end = await ended(bench, task)
     assert (end.outcome, end.last_sequence) == (m.ABORTED, 0)
     assert bench.llm.aborted == ids
@@ -349,8 +349,8 @@ async def test_a_lost_router_ends_its_runs_and_frees_their_places(bench: Bench) 
 
 @pytest.mark.asyncio
 async def test_an_abort_of_one_sequence_leaves_the_others(bench: Bench) -> None:
-    task, accepted, ids = await bench.started(b"a", b"b")
-    bench.engine._on_abort(m.Abort(m.VERSION, 7, accepted.execution, 0))
+    task, _, ids = await bench.started(b"a", b"b")
+    bench.engine._on_abort(m.Abort(m.VERSION, 7, 0))
     await bench.llm.heard.until(lambda: bool(bench.llm.aborted))
     assert bench.llm.aborted == [ids[0]]
     bench.llm.produce(ids[1], 1, "stop")
@@ -359,19 +359,16 @@ async def test_an_abort_of_one_sequence_leaves_the_others(bench: Bench) -> None:
 
 @pytest.mark.asyncio
 async def test_an_abort_of_all_sequences_ends_the_run(bench: Bench) -> None:
-    task, accepted, ids = await bench.started(b"a", b"b")
-    bench.engine._on_abort(m.Abort(m.VERSION, 7, accepted.execution))
+    task, _, ids = await bench.started(b"a", b"b")
+    bench.engine._on_abort(m.Abort(m.VERSION, 7))
     assert (await ended(bench, task)).outcome == m.ABORTED
     assert set(bench.llm.aborted) == set(ids)
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize(("stream", "other_execution"), [(8, 0), (7, 1)])
-async def test_an_abort_of_another_stream_or_execution_is_ignored(
-    bench: Bench, stream: int, other_execution: int
-) -> None:
-    task, accepted, ids = await bench.started()
-    bench.engine._on_abort(m.Abort(m.VERSION, stream, accepted.execution + other_execution))
+async def test_an_abort_of_another_stream_is_ignored(bench: Bench) -> None:
+    task, _, ids = await bench.started()
+    bench.engine._on_abort(m.Abort(m.VERSION, 8))
     assert bench.engine._tasks == set()
     bench.llm.produce(ids[0], 1, "stop")
     assert (await ended(bench, task)).outcome == m.FINISHED

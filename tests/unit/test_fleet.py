@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -107,7 +109,7 @@ class StubCall:
         self._fleet, self._stream = fleet, stream
         self._said: asyncio.Queue[Any] = asyncio.Queue()
 
-    async def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]:
+    async def __aiter__(self) -> AsyncIterator[m.End]:
         while True:
             said = await self._said.get()
             if isinstance(said, BaseException):
@@ -120,10 +122,8 @@ class StubCall:
     def cancel(self) -> None:
         self.cancelled = True
 
-    async def accept(self, execution: int | None = None) -> None:
-        """Say `Accepted`, and wait until it was heard."""
-        self._said.put_nowait(m.Accepted(self.replica, self.execution if execution is None else execution))
-        await self.heard()
+    def accept(self) -> None:
+        self.ticket.taken(self.replica)
 
     async def heard(self) -> None:
         """Wait until the Fleet has heard all that was said."""
@@ -132,11 +132,13 @@ class StubCall:
 
     def deltas(self, *outputs: Any, first: int = 0, execution: int | None = None) -> None:
         for sequence, output in enumerate(outputs, first):
-            flight = self._fleet.exchange.flights.get(self._stream)
-            assert flight is not None, "the Router has forgotten this stream"
-            flight.on_delta(
-                self.replica, Delta(self._stream, execution or self.execution, sequence, output), "weights-1"
-            )
+            delta = Delta(self._stream, execution or self.execution, sequence, output)
+            self._flight().on_delta(self.replica, delta, "weights-1")
+
+    def _flight(self) -> Flight:
+        flight = self._fleet.exchange.flights.get(self._stream)
+        assert flight is not None, "the Router has forgotten this stream"
+        return flight
 
     def end(self, last_sequence: int, outcome: str = m.FINISHED, message: str = "", param: str | None = None) -> None:
         self._said.put_nowait(m.End(last_sequence, outcome, message, param))
@@ -196,7 +198,7 @@ class House:
     async def finish(self, number: int, *outputs: Any) -> StubCall:
         """Have the call of that number accepted, and say all that is missing through it."""
         call = await self.call(number)
-        await call.accept()
+        call.accept()
         call.deltas(*outputs)
         call.end(len(outputs) - 1)
         return call
@@ -205,7 +207,7 @@ class House:
         """Start a request and have its first call accepted."""
         flight = self.start(submission)
         call = await self.call(len(self.calls) + 1)
-        await call.accept()
+        call.accept()
         return flight, call
 
     def outcomes(self) -> dict[str, int]:
@@ -278,18 +280,6 @@ async def test_a_request_is_delivered_in_order_and_finishes(house: House) -> Non
     assert house.outcomes() == {"finished": 1}
 
 
-async def test_deltas_may_overtake_accepted(house: House) -> None:
-    submission = StubSubmission()
-    flight = house.start(submission)
-    call = await house.call()
-    call.deltas("a", "b")
-    await call.accept()
-    call.deltas("c", first=2)
-    call.end(2)
-    await landed(flight)
-    assert submission.outputs == ["a", "b", "c"]
-
-
 async def test_the_client_need_not_wait_for_the_engines_goodbye(house: House) -> None:
     submission = StubSubmission()
     flight, call = await house.flown(submission)
@@ -328,11 +318,25 @@ async def test_the_prompt_weighs_until_the_first_delta_and_the_stream_until_the_
     assert house.ledger.loads()[call.replica] == ReplicaLoad()
 
 
+async def test_a_delta_may_overtake_what_serve_says(house: House) -> None:
+    submission = StubSubmission()
+    flight = house.start(submission)
+    call = await house.call()
+    assert house.fleet.waiting == 1
+    call.deltas("a", "b")
+    assert house.fleet.waiting == 0
+    call.accept()
+    call.deltas("c", first=2)
+    call.end(2)
+    await landed(flight)
+    assert submission.outputs == ["a", "b", "c"]
+
+
 async def test_a_booking_follows_the_replica_that_accepts(house: House) -> None:
     flight = house.start(StubSubmission())
     call = await house.call()
     call.replica = next(c for c in house.candidates if c != call.replica)
-    await call.accept()
+    call.accept()
     assert house.booked() == [call.replica]
     call.deltas("a", "b", "c")
     call.end(2)
@@ -344,7 +348,7 @@ async def test_a_stop_found_in_the_text_aborts_the_engines_side(house: House) ->
     house.exchange.channel.abort = lambda replica, abort: sent.append((replica, abort))  # type: ignore[method-assign]
     flight, call = await house.flown(StubSubmission(wants=100))
     call.deltas("a", "stop")
-    assert sent == [(call.replica, m.Abort(m.VERSION, flight.stream, call.execution, 0))]
+    assert sent == [(call.replica, m.Abort(m.VERSION, flight.stream, 0))]
     call.end(1, m.ABORTED)
     await landed(flight)
     assert house.outcomes() == {"finished": 1}
@@ -382,7 +386,7 @@ async def test_a_stream_whose_only_delta_never_arrives_is_run_again(hurried: Hou
     flight, call = await hurried.flown(submission)
     call.end(0)
     second = await hurried.call(2)
-    await second.accept()
+    second.accept()
     second.deltas("a")
     second.end(0)
     await landed(flight)
@@ -424,15 +428,51 @@ async def test_a_delta_of_another_execution_is_a_failure(house: House) -> None:
     assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
 
 
-async def test_a_second_execution_of_one_call_is_a_failure(house: House) -> None:
+async def test_a_call_that_serve_gave_to_another_replica_too_is_a_failure(house: House) -> None:
     submission = StubSubmission()
     flight = house.start(submission)
     call = await house.call()
     call.deltas("a")
-    accepting = asyncio.create_task(call.accept(execution=call.execution + 1))
+    call.ticket.taken(next(c for c in house.candidates if c != call.replica))
     await house.finish(2, "b", "c")
     await landed(flight)
-    accepting.cancel()
+    assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
+
+
+async def test_deltas_of_a_replica_that_serve_gave_up_are_not_taken(house: House) -> None:
+    submission = StubSubmission(wants=1)
+    flight = house.start(submission)
+    call = await house.call()
+    first, second = call.replica, next(c for c in house.candidates if c != call.replica)
+    call.ticket.taken(second)
+    call.deltas("lost")
+    assert (submission.outputs, house.metrics.counts["channel_dropped_messages", "foreign"]) == ([], 1)
+    assert flight.place == second != first
+    call.replica = second
+    call.deltas("a")
+    call.end(0)
+    await landed(flight)
+    assert (submission.outputs, submission.error) == (["a"], None)
+
+
+async def test_serve_may_say_so_late_and_from_another_thread(house: House) -> None:
+    submission = StubSubmission()
+    flight, first = await house.flown(submission)
+    first.fail(EngineFailure("died"))
+    second = await house.call(2)
+
+    async def taken() -> None:
+        first.ticket.taken("e3")
+        second.ticket.taken(second.replica)
+
+    serves = threading.Thread(target=asyncio.run, args=(taken(),))
+    serves.start()
+    serves.join()
+    assert (flight.replica, house.booked()) == (None, [second.replica])
+    await asyncio.sleep(0)
+    assert (flight.replica, house.fleet.waiting) == (second.replica, 0)
+    await house.finish(2, "a", "b", "c")
+    await landed(flight)
     assert (submission.outputs, failures(house)) == (["a", "b", "c"], 1)
 
 
@@ -456,12 +496,12 @@ async def test_before_the_first_delta_a_failed_request_runs_again_on_another_rep
     flight = house.start(submission)
     first = await house.call()
     if accepted:
-        await first.accept()
+        first.accept()
     first.fail(EngineFailure("died"))
     second = await house.call(2)
     assert second.replica != first.replica
     assert house.booked() == [second.replica]
-    await second.accept()
+    second.accept()
     second.deltas("a", "b", "c")
     second.end(2)
     await landed(flight)
@@ -477,7 +517,7 @@ async def test_a_failed_replica_is_tried_again_when_there_is_no_other(house: Hou
     call.fail(EngineFailure("died"))
     second = await house.call(2)
     assert second.replica == "e1"
-    await second.accept()
+    second.accept()
     second.deltas("a", "b", "c")
     second.end(2)
     await landed(flight)
@@ -502,7 +542,7 @@ async def test_a_request_that_goes_on_goes_before_those_that_have_not_begun(hous
     first.fail(EngineFailure("died"))
     second = await house.call(2)
     assert second.order == first.order, "nothing is out yet"
-    await second.accept()
+    second.accept()
     second.deltas("a")
     second.fail(EngineFailure("died"))
     third = await house.finish(3, "b", "c")
@@ -540,7 +580,7 @@ async def test_a_stream_outlives_more_failures_than_attempts_if_each_gets_it_fur
     flight = house.start(submission)
     for number in range(1, lives + 1):
         call = await house.call(number)
-        await call.accept()
+        call.accept()
         call.deltas(f"{number}")
         call.fail(EngineFailure("died"))
     await house.finish(lives + 1, "last")
@@ -553,6 +593,7 @@ async def test_a_request_that_gets_further_and_kills_every_engine_is_given_up(ho
     flight = house.start(submission)
     for number in range(1, CONFIG.max_engine_failures + 1):
         call = await house.call(number)
+        call.accept()
         call.deltas(f"{number}")
         call.fail(EngineFailure("died of it"))
     await landed(flight)
@@ -580,7 +621,7 @@ async def test_whatever_a_call_raises_is_the_engines_failure(house: House, error
     flight, call = await house.flown(submission)
     call.fail(error)
     second = await house.call(2)
-    await second.accept()
+    second.accept()
     second.deltas("a", "b", "c")
     second.end(2)
     await landed(flight)
@@ -592,7 +633,7 @@ async def test_an_engine_that_says_failed_is_not_asked_again_for_ever(house: Hou
     flight = house.start(submission)
     for attempt in range(1, CONFIG.max_attempts + 1):
         call = await house.call(attempt)
-        await call.accept()
+        call.accept()
         call.end(-1, m.FAILED, "out of luck")
     await landed(flight)
     assert isinstance(submission.error, EngineUnavailable)
@@ -639,7 +680,7 @@ async def test_late_deltas_of_a_failed_attempt_are_not_taken_for_the_next(house:
     second = await house.call(2)
     assert flight.stream != old_stream
     assert old_stream not in house.exchange.flights
-    await second.accept()
+    second.accept()
     second.deltas("a", "b", "c")
     second.end(2)
     await landed(flight)
@@ -661,8 +702,8 @@ async def test_a_hung_replica_loses_its_streams_and_only_its_own(house: House) -
     house.fleet.on_heartbeat(beat(first.replica, unfinished=1, seconds_since_step=61))
     again = await house.call(3)
     assert again.replica == neighbour.replica
+    again.accept()
     for call in (again, neighbour):
-        await call.accept()
         call.deltas("a", "b", "c")
         call.end(2)
     await landed(hung, other)
@@ -689,7 +730,7 @@ async def test_a_hung_replica_gets_no_new_request_while_there_is_another(house: 
         await house.call(number)
     assert {call.replica for call in house.calls} == {"e2"}
     for call in house.calls:
-        await call.accept()
+        call.accept()
         call.deltas("a")
         call.end(0)
     await landed(*flights)
@@ -698,7 +739,7 @@ async def test_a_hung_replica_gets_no_new_request_while_there_is_another(house: 
 async def test_while_all_replicas_are_hung_a_request_waits_for_another(house: House) -> None:
     for replica in house.candidates:
         house.fleet.on_heartbeat(beat(replica, unfinished=1, seconds_since_step=61))
-    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset({"e3"}))
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset({"e3"}), on_taken=print)
     assert ticket.rank(house.candidates) == []
     assert ticket.rank([*house.candidates, "e3"]) == ["e3"], "it failed this request, and is better than a hung one"
     ticket._booking.release()
@@ -714,19 +755,18 @@ async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again
     house.fleet.lose_replica("e1", "it is silent")
     assert (house.fleet.missing, missing.noted) == ({"e1"}, ["missing"])
     assert house.fleet.admission.capacity == 16
-    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset())
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset(), on_taken=print)
     assert ticket.rank(["e1", "e2"]) == ["e2"]
     house.fleet.joined(descriptions[0])
     assert set(ticket.rank(["e1", "e2"])) == {"e1", "e2"}
     ticket._booking.release()
 
 
-async def test_a_ranking_between_the_first_delta_and_accepted_books_the_prompt_no_second_time(house: House) -> None:
+async def test_a_ranking_after_the_first_delta_books_the_prompt_no_second_time(house: House) -> None:
     flight = house.start(StubSubmission(wants=2))
     call = await house.call()
     call.deltas("a")
     call.ticket.rank(house.candidates)
-    await call.accept()
     assert house.ledger.loads()[call.replica] == ReplicaLoad(streams=1)
     call.deltas("b", first=1)
     call.end(1)
@@ -795,7 +835,7 @@ async def test_a_client_that_hangs_up_cancels_the_call_and_frees_its_place(house
     flight.close()
     await landed(flight)
     assert call.cancelled
-    assert sent == [m.Abort(m.VERSION, flight.stream, call.execution, -1)]
+    assert sent == [m.Abort(m.VERSION, flight.stream, -1)]
     assert submission.error is None
     assert house.outcomes() == {"cancelled": 1}
 
@@ -806,6 +846,40 @@ async def test_a_client_may_hang_up_before_any_engine_has_accepted(house: House)
     flight.close()
     flight.close()
     await landed(flight)
+
+
+async def test_a_client_may_hang_up_before_the_first_token(house: House) -> None:
+    sent: list[tuple[str, m.Abort]] = []
+    house.exchange.channel.abort = lambda replica, abort: sent.append((replica, abort))  # type: ignore[method-assign]
+    flight, call = await house.flown(StubSubmission())
+    flight.close()
+    await landed(flight)
+    assert sent == [(call.replica, m.Abort(m.VERSION, flight.stream))]
+    assert call.cancelled
+
+
+async def test_a_call_that_is_over_holds_nothing_of_its_request(house: House) -> None:
+    flight, call = await house.flown(StubSubmission())
+    flight.close()
+    await landed(flight)
+    house.flights.clear()
+    gone = weakref.ref(flight)
+    del flight
+    gc.collect()
+    assert gone() is None
+    call.ticket.taken("e1")
+    assert house.booked() == []
+
+
+async def test_a_replica_that_failed_is_blamed_though_serve_tries_another_at_that_moment(house: House) -> None:
+    flight = house.start(StubSubmission())
+    call = await house.call()
+    house.fleet.lose_replica(call.replica, "it is silent")
+    call.ticket.taken(next(c for c in house.candidates if c != call.replica))
+    again = await house.finish(2, "a", "b", "c")
+    await landed(flight)
+    assert flight._failed_replicas == {call.replica}
+    assert again.replica != call.replica
 
 
 async def test_a_client_may_hang_up_at_once(house: House) -> None:
@@ -868,7 +942,7 @@ async def test_an_engine_whose_connection_breaks_loses_its_streams(house: House)
     engine.close()
     second = await house.call(2)
     assert second.replica != call.replica
-    await second.accept()
+    second.accept()
     second.deltas("a", "b", "c")
     second.end(2)
     await landed(flight)
@@ -877,7 +951,7 @@ async def test_an_engine_whose_connection_breaks_loses_its_streams(house: House)
 async def test_heartbeats_reach_the_fleet_of_their_model(house: House) -> None:
     engine, _ = await linked(house, "e1")
     await house.metrics.until(lambda: "e1" in house.fleet.heartbeats)
-    assert house.ledger.loads()["e1"].reported_streams == 1
+    assert house.ledger.loads()["e1"].other_streams == 1
     engine.close()
 
 
@@ -889,5 +963,5 @@ async def test_an_abort_reaches_the_engine(house: House) -> None:
     flight.close()
     await landed(flight)
     await house.metrics.until(lambda: bool(aborts))
-    assert aborts == [m.Abort(m.VERSION, flight.stream, call.execution, -1)]
+    assert aborts == [m.Abort(m.VERSION, flight.stream, -1)]
     engine.close()

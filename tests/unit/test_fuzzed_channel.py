@@ -22,7 +22,7 @@ from deployments import messages as m
 from deployments.config import FleetConfig
 from deployments.errors import EngineUnavailable, PublicError
 from deployments.fleet.channel import EngineEnd, Link
-from deployments.fleet.client import Exchange, Fleet, Flight
+from deployments.fleet.client import Exchange, Fleet, Flight, Ticket
 from deployments.fleet.placement import Ledger
 from deployments.seam.wire import Codec, Delta
 from tests.unit.recording import LIMIT_S, Recorder
@@ -67,11 +67,14 @@ class Submission:
 
 
 class Call:
-    """A Serve call that has been accepted by `e1` and stays open."""
+    """A Serve call that has been taken by `e1` and stays open."""
 
-    async def __aiter__(self) -> AsyncIterator[m.Accepted | m.End]:
-        yield m.Accepted("e1", 7)
+    def __init__(self, ticket: Ticket) -> None:
+        ticket.taken("e1")
+
+    async def __aiter__(self) -> AsyncIterator[m.End]:
         await asyncio.Event().wait()
+        yield m.End(-1, m.FINISHED)
 
     def cancel(self) -> None:
         pass
@@ -85,7 +88,9 @@ class House:
         self.codec = Codec()
         self.exchange = Exchange(CONFIG, LOOPBACK, Codec().decode_deltas, metrics=self.heard)
         ledger = Ledger(rng=random.Random(0))
-        self.fleet = Fleet("tiny", lambda *_: Call(), self.exchange, ledger, CONFIG, max_queued=8, metrics=self.heard)
+        self.fleet = Fleet(
+            "tiny", lambda *given: Call(given[-1]), self.exchange, ledger, CONFIG, max_queued=8, metrics=self.heard
+        )
         self.submission = Submission(self.heard)
         self.aborts: list[m.Abort] = []
         self.engine = EngineEnd(CONFIG, "e1", beat=lambda: beat("e1"), on_abort=self.aborts.append, metrics=self.heard)
@@ -154,7 +159,9 @@ async def house() -> AsyncIterator[House]:
 
 
 def garbage(rng: random.Random) -> list[bytes]:
-    kinds = [m.HELLO, m.WELCOME, m.DELTAS, m.HEARTBEAT, m.ABORT, m.PING, b"", rng.randbytes(1), rng.randbytes(40)]
+    """Return frames that mean nothing: no farewell (`STRANGER`), which an engine would rightly take at its word."""
+    unknown = rng.choice([byte for byte in range(256) if byte != m.STRANGER[0]]).to_bytes()
+    kinds = [m.HELLO, m.WELCOME, m.DELTAS, m.HEARTBEAT, m.ABORT, m.PING, b"", unknown, rng.randbytes(40)]
     return [rng.choice(kinds), *(rng.randbytes(rng.choice([0, 1, 7, 300])) for _ in range(rng.randrange(4)))]
 
 
@@ -236,7 +243,7 @@ async def test_an_engine_reads_past_what_a_router_cannot_have_meant(house: House
     identity, *_ = await bare.recv_multipart()
     await bare.send_multipart([identity, m.WELCOME])
     link = await linking
-    good = m.Abort(m.VERSION, 1, 2)
+    good = m.Abort(m.VERSION, 1)
     whole = [m.ABORT, msgspec.msgpack.encode(good)]
     for _ in range(ROUNDS):
         await bare.send_multipart([identity, *rng.choice([garbage(rng), truncated(rng, whole)])])

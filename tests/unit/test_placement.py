@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from deployments.fleet.placement import Ledger, ReplicaLoad, cost, rank
+from deployments.fleet.placement import DECODE_STREAM_TOKENS, Ledger, ReplicaLoad, cost, rank
 
 
 def ledger() -> Ledger:
@@ -27,9 +27,39 @@ def test_one_long_prompt_weighs_as_much_as_many_short_ones() -> None:
 
 
 def test_streams_another_router_placed_count_but_our_own_are_not_counted_twice() -> None:
-    ours = ReplicaLoad(streams=4, reported_streams=4)
-    theirs = ReplicaLoad(streams=0, reported_streams=4)
-    assert cost(ours, 0) == cost(theirs, 0)
+    book = ledger()
+    bookings = [book.book(100, 1) for _ in range(4)]
+    for booking in bookings:
+        book.place(booking, ["ours"])
+        booking.prefilled()
+    for replica in ("ours", "theirs"):
+        book.report(replica, running=4, waiting=0, kv_cache_usage=0.1)
+    loads = book.loads()
+    assert cost(loads["ours"], 0) == cost(loads["theirs"], 0) > 0
+
+
+def test_streams_of_ours_that_have_ended_do_not_pass_for_anothers_until_the_next_heartbeat() -> None:
+    book = ledger()
+    bookings = [book.book(100, 1) for _ in range(4)]
+    for booking in bookings:
+        book.place(booking, ["a"])
+        booking.prefilled()
+    book.report("a", running=4, waiting=2, kv_cache_usage=0.0)
+    for booking in bookings:
+        booking.release()
+    assert book.loads()["a"] == ReplicaLoad(other_waiting=2)
+
+
+def test_chats_that_end_together_are_followed_by_as_many() -> None:
+    book = ledger()
+    running = {replica: [book.book(128, 1) for _ in range(4)] for replica in ("a", "b")}
+    for replica, bookings in running.items():
+        for booking in bookings:
+            book.place(booking, [replica])
+            booking.prefilled()
+    for booking in running["a"]:
+        booking.release()
+    assert [book.place(book.book(64, 1), ["a", "b"])[0] for _ in range(4)] == ["a"] * 4
 
 
 def test_a_replica_about_to_preempt_comes_last() -> None:
@@ -70,7 +100,7 @@ def test_long_and_short_requests_mixed_end_up_with_even_work() -> None:
     for _ in range(200):
         book.place(book.book(rng.choice([20, 2000]), 1), ["a", "b", "c"])
     work = [load.prefill_tokens for load in book.loads().values()]
-    assert max(work) - min(work) <= 2000 + 64 * 20
+    assert max(work) - min(work) <= 2000 + DECODE_STREAM_TOKENS * 20
 
 
 def test_a_finished_request_leaves_nothing_behind() -> None:

@@ -59,11 +59,14 @@ async def router_of(*replicas: FakeReplica) -> FleetRequestRouter:
     return router
 
 
+def call_with(ticket: Ticket) -> PendingRequest:
+    return PendingRequest([ticket], {}, RequestMetadata(request_id="r", internal_request_id="i"))
+
+
 async def choose(router: FleetRequestRouter, order: tuple[int, float] = (0, 0.0)) -> str:
     ledger = Ledger(rng=random.Random(0))
-    ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), order)
-    pending = PendingRequest([ticket], {}, RequestMetadata(request_id="r", internal_request_id="i"))
-    replica = await asyncio.wait_for(router._choose_replica_for_request(pending), LIMIT_S)
+    ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), order, on_taken=print)
+    replica = await asyncio.wait_for(router._choose_replica_for_request(call_with(ticket)), LIMIT_S)
     return replica.replica_id.unique_id
 
 
@@ -130,3 +133,15 @@ async def test_those_that_wait_for_an_engine_get_it_in_their_order_and_else_as_t
             await asyncio.sleep(0)
     assert served == ["urgent", "greedy 1", "polite", "same", "greedy 2"]
     await asyncio.gather(*waiting)
+
+
+@pytest.mark.asyncio
+async def test_the_ticket_hears_which_replica_has_taken_the_call() -> None:
+    mine, other = FakeReplica("a"), FakeReplica("b")
+    router = await router_of(mine, other)
+    ledger, heard = Ledger(rng=random.Random(0)), []
+    ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), on_taken=heard.append)
+    ticket.rank(["b"])
+    router.on_request_routed(call_with(ticket), mine.replica_id, None)  # type: ignore[arg-type]
+    assert heard == ["a"]
+    assert [replica for replica, load in ledger.loads().items() if load.streams] == ["a"]
