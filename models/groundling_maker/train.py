@@ -1,6 +1,6 @@
 """Training: copying first, then questions over ever more passages. Stops anywhere and goes on from its checkpoint.
 
-    python -m models.groundling_maker.train WORK_FOLDER [--hours 0.5]
+    python -m models.groundling_maker.train WORK_FOLDER [--hours 0.24]
 
 The learning rate is constant until the decay, which begins when its time has come, or when a file named `decay`
 appears in the work folder. Progress is printed and written to `log.jsonl`.
@@ -519,7 +519,7 @@ def main() -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--hours", type=float, default=0.5, help="of training before the learning rate decays")
+    parser.add_argument("--hours", type=float, default=0.24, help="of training before the learning rate decays")
     options = parser.parse_args()
     prepare(options.folder)
     (options.folder / "rendezvous").unlink(missing_ok=True)
