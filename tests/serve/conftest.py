@@ -87,12 +87,6 @@ class Stubs:
         """Return how many requests the model's engines have."""
         return sum(note.running for note in self.notes(model).values())
 
-    def flights(self, model: str) -> tuple[int, int]:
-        """Return how many requests the Router that answers has in flight, and how many of them no engine has taken."""
-        models = requests.get(f"{self.url}/fleet", timeout=LIMIT_S).json()["models"]
-        router = next(each["this_router"] for each in models if each["model"] == model)
-        return router["in_flight"], router["waiting"]
-
     def wait_for_engines(self, model: str, number: int) -> None:
         """Wait until all Routers know exactly so many engines, and those live: of a death they hear a little later."""
         in_a_row = 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaQueueLengthInfo, RequestMetadata
+from ray.serve._private.router import AsyncioRouter
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from deployments.fleet.client import Ticket
@@ -135,13 +137,23 @@ async def test_those_that_wait_for_an_engine_get_it_in_their_order_and_else_as_t
     await asyncio.gather(*waiting)
 
 
+class Accepts:
+    """As much of Serve's `ReplicaResult` as routing looks at, of a call that its replica accepts."""
+
+    async def get_rejection_response(self) -> ReplicaQueueLengthInfo:
+        return ReplicaQueueLengthInfo(accepted=True, num_ongoing_requests=1)
+
+
 @pytest.mark.asyncio
-async def test_the_ticket_hears_which_replica_has_taken_the_call() -> None:
-    mine, other = FakeReplica("a"), FakeReplica("b")
-    router = await router_of(mine, other)
+async def test_serve_tells_the_ticket_which_replica_has_taken_the_call() -> None:
+    replica = FakeReplica("a")
+    replica.is_cross_language, replica.try_send_request = False, lambda *_, **__: Accepts()  # type: ignore[attr-defined]
     ledger, heard = Ledger(rng=random.Random(0)), []
     ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), on_taken=heard.append)
-    ticket.rank(["b"])
-    router.on_request_routed(call_with(ticket), mine.replica_id, None)  # type: ignore[arg-type]
+    serve = mock.create_autospec(AsyncioRouter, instance=True)
+    serve._active_request_router = await router_of(replica)
+    serve._metrics_manager = mock.MagicMock()
+    serve._enable_strict_max_ongoing_requests = True
+    await AsyncioRouter._route_and_send_request_once(serve, call_with(ticket), "response", False)
     assert heard == ["a"]
-    assert [replica for replica, load in ledger.loads().items() if load.streams] == ["a"]
+    assert [each for each, load in ledger.loads().items() if load.streams] == ["a"]
