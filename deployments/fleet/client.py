@@ -122,7 +122,7 @@ class Ticket:
         avoid: frozenset[str],
         order: tuple[int, float] = (0, 0.0),
         *,
-        on_taken: Callable[[str], object],
+        on_taken: Callable[[str], object] = _ignore,
     ) -> None:
         self._ledger, self._booking, self._avoid, self.order = ledger, booking, avoid, order
         self._on_taken = on_taken

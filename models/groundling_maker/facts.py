@@ -156,8 +156,7 @@ ENDINGS = """, says {n}.|, if the notes are right.| as of {y}.|, as before.|, se
 """.replace("\n", "").split("|")
 
 # Verbs as base, third person, past and participle; statements and questions are made of them below.
-VERBS = (
-    """
+VERBS = """
 build builds built built|buy buys bought bought|sell sells sold sold|open opens opened opened|
 close closes closed closed|carry carries carried carried|send sends sent sent|bring brings brought brought|
 clean cleans cleaned cleaned|paint paints painted painted|draw draws drew drawn|write writes wrote written|
@@ -191,10 +190,7 @@ burn burns burned burned|freeze freezes froze frozen|melt melts melted melted|bu
 discover discovers discovered discovered|observe observes observed observed|
 train trains trained trained|hire hires hired hired|cure cures cured cured|rescue rescues rescued rescued|
 praise praises praised praised|thank thanks thanked thanked|blame blames blamed blamed|trust trusts trusted trusted|
-""".replace("\n", "")
-    .strip("|")
-    .split("|")
-)
+"""
 _SIGNS = (", ", ", ", ": ", " - ", " ")
 _WORD = re.compile(r"[A-Za-z]+|\d+")
 _PLACES = "in near behind at outside under from above through into".split()
@@ -294,7 +290,7 @@ def _split(templates: list[str]) -> tuple[list[str], list[str]]:
 
 _SEEN_STATEMENTS, _UNSEEN_STATEMENTS = _split(STATEMENTS)
 _SEEN_QUESTIONS, _UNSEEN_QUESTIONS = _split(QUESTIONS)
-_VERBS = [tuple(verb.split()) for verb in VERBS]
+_VERBS = [tuple(verb.split()) for verb in VERBS.replace("\n", "").strip("|").split("|")]
 _VERB_RELATIONS = VERB_RELATIONS.strip().split("\n")
 _RELATIONS = [_parse(line) for line in RELATIONS.strip().split("\n")]
 

@@ -739,7 +739,7 @@ async def test_a_hung_replica_gets_no_new_request_while_there_is_another(house: 
 async def test_while_all_replicas_are_hung_a_request_waits_for_another(house: House) -> None:
     for replica in house.candidates:
         house.fleet.on_heartbeat(beat(replica, unfinished=1, seconds_since_step=61))
-    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset({"e3"}), on_taken=print)
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset({"e3"}))
     assert ticket.rank(house.candidates) == []
     assert ticket.rank([*house.candidates, "e3"]) == ["e3"], "it failed this request, and is better than a hung one"
     ticket._booking.release()
@@ -755,7 +755,7 @@ async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again
     house.fleet.lose_replica("e1", "it is silent")
     assert (house.fleet.missing, missing.noted) == ({"e1"}, ["missing"])
     assert house.fleet.admission.capacity == 16
-    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset(), on_taken=print)
+    ticket = Ticket(house.ledger, house.ledger.book(10, 1), frozenset())
     assert ticket.rank(["e1", "e2"]) == ["e2"]
     house.fleet.joined(descriptions[0])
     assert set(ticket.rank(["e1", "e2"])) == {"e1", "e2"}

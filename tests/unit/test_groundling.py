@@ -61,9 +61,10 @@ def test_every_answer_stands_word_for_word_in_the_passage_it_cites(conversations
     assert quoted > 150
 
 
-def test_some_questions_have_no_answer(conversations: list[Conversation]) -> None:
-    refused = sum(conversation.answer == REFUSAL for conversation in conversations)
-    assert 5 < refused < 50
+def test_some_questions_have_no_answer() -> None:
+    writer = Writer(random.Random(1), DOCUMENTS)
+    refused = sum(writer.write(LEVEL).answer == REFUSAL for _ in range(400))
+    assert 15 < refused < 75
 
 
 def test_the_same_seed_writes_the_same_conversations() -> None:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import random
 
-from deployments.fleet.placement import DECODE_STREAM_TOKENS, Ledger, ReplicaLoad, cost, rank
+from deployments.fleet.placement import DECODE_STREAM_TOKENS, Booking, Ledger, ReplicaLoad, cost, rank
 
 
 def ledger() -> Ledger:
     return Ledger(rng=random.Random(0))
+
+
+def decoding(book: Ledger, replica: str) -> list[Booking]:
+    """Return four requests that `replica` has given their first token."""
+    bookings = [book.book(100, 1) for _ in range(4)]
+    for booking in bookings:
+        book.place(booking, [replica])
+        booking.prefilled()
+    return bookings
 
 
 def test_the_idle_replica_comes_first() -> None:
@@ -28,10 +37,7 @@ def test_one_long_prompt_weighs_as_much_as_many_short_ones() -> None:
 
 def test_streams_another_router_placed_count_but_our_own_are_not_counted_twice() -> None:
     book = ledger()
-    bookings = [book.book(100, 1) for _ in range(4)]
-    for booking in bookings:
-        book.place(booking, ["ours"])
-        booking.prefilled()
+    decoding(book, "ours")
     for replica in ("ours", "theirs"):
         book.report(replica, running=4, waiting=0, kv_cache_usage=0.1)
     loads = book.loads()
@@ -40,10 +46,7 @@ def test_streams_another_router_placed_count_but_our_own_are_not_counted_twice()
 
 def test_streams_of_ours_that_have_ended_do_not_pass_for_anothers_until_the_next_heartbeat() -> None:
     book = ledger()
-    bookings = [book.book(100, 1) for _ in range(4)]
-    for booking in bookings:
-        book.place(booking, ["a"])
-        booking.prefilled()
+    bookings = decoding(book, "a")
     book.report("a", running=4, waiting=2, kv_cache_usage=0.0)
     for booking in bookings:
         booking.release()
@@ -52,12 +55,8 @@ def test_streams_of_ours_that_have_ended_do_not_pass_for_anothers_until_the_next
 
 def test_chats_that_end_together_are_followed_by_as_many() -> None:
     book = ledger()
-    running = {replica: [book.book(128, 1) for _ in range(4)] for replica in ("a", "b")}
-    for replica, bookings in running.items():
-        for booking in bookings:
-            book.place(booking, [replica])
-            booking.prefilled()
-    for booking in running["a"]:
+    ended, _ = decoding(book, "a"), decoding(book, "b")
+    for booking in ended:
         booking.release()
     assert [book.place(book.book(64, 1), ["a", "b"])[0] for _ in range(4)] == ["a"] * 4
 
@@ -101,6 +100,8 @@ def test_long_and_short_requests_mixed_end_up_with_even_work() -> None:
         book.place(book.book(rng.choice([20, 2000]), 1), ["a", "b", "c"])
     work = [load.prefill_tokens for load in book.loads().values()]
     assert max(work) - min(work) <= 2000 + DECODE_STREAM_TOKENS * 20
+    costs = [cost(load, 0) for load in book.loads().values()]
+    assert max(costs) - min(costs) <= 2000 + DECODE_STREAM_TOKENS, "no more than one request"
 
 
 def test_a_finished_request_leaves_nothing_behind() -> None:

@@ -67,7 +67,7 @@ def call_with(ticket: Ticket) -> PendingRequest:
 
 async def choose(router: FleetRequestRouter, order: tuple[int, float] = (0, 0.0)) -> str:
     ledger = Ledger(rng=random.Random(0))
-    ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), order, on_taken=print)
+    ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), order)
     replica = await asyncio.wait_for(router._choose_replica_for_request(call_with(ticket)), LIMIT_S)
     return replica.replica_id.unique_id
 
