@@ -61,7 +61,7 @@ class Workload:
 
 
 WORKLOADS: Final[Mapping[str, Workload]] = {
-    "chat-1": Workload("chat, 1 client", 128, 128, 1, 6),
+    "chat-1": Workload("chat, 1 client", 128, 128, 1, 24),
     "chat-8": Workload("chat, 8 clients", 128, 128, 8, 4),
     "chat-32": Workload("chat, 32 clients", 128, 128, 32, 3),
     "chat-64": Workload("chat, 64 clients", 128, 128, 64, 2),

@@ -141,13 +141,19 @@ def _place(passage: Passage) -> tuple[str, int, str]:
 
 
 def _ids(passages: Sequence[Passage]) -> dict[str, Passage]:
-    """Name the passages. Of two with the same id, the later one gets the next id that is free."""
+    """Name the passages, each by another letter, for a model copies an id one character after the other.
+
+    Of two whose ids begin with the same letter, the later one gets its next id whose letter is free; when there are
+    none left, its next id that is.
+    """
     ids: dict[str, Passage] = {}
+    letters: set[str] = set()
     for passage in passages:
         attempt = 0
-        while (id_ := passage_id(passage, attempt)) in ids:
+        while (id_ := passage_id(passage, attempt)) in ids or (id_[0] in letters and len(letters) < len(_LETTERS)):
             attempt += 1
         ids[id_] = passage
+        letters.add(id_[0])
     return ids
 
 

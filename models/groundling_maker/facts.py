@@ -16,6 +16,7 @@ RELATIONS_SHARE = 0.45  # of the worlds: relations, not attributes
 VERB_SHARE = 0.65  # of the relations: made of a verb
 LOOSE_SHARE = 0.15  # of the facts: words of prose around entity, attribute and value
 OPENING_SHARE, ENDING_SHARE = 0.35, 0.25  # of the other statements
+ALIKE_SHARE, MOST_ALIKE = 0.5, 3  # of the worlds: all in a few wordings, so that many sentences begin alike
 
 STATEMENTS = """The {a} of {e} is {v}.
 The {a} of {e} is {v}.
@@ -309,10 +310,15 @@ class FactWriter:
         self.statements = _UNSEEN_STATEMENTS if unseen else _SEEN_STATEMENTS
         self.questions = _UNSEEN_QUESTIONS if unseen else _SEEN_QUESTIONS
         self.relations = [relation for kept, relation in _RELATIONS if kept == unseen]
+        self.alike = False  # whether this world's statements are in the few wordings of `worded`, and nothing else
+        self.worded = self.statements
 
     def world(self, count: int) -> tuple[list[Fact], list[tuple[str, ...]]]:
         """Return `count` facts, and questions that none of them answers though they share its words."""
         rng = self.rng
+        if not self.unseen:
+            self.alike = rng.random() < ALIKE_SHARE
+            self.worded = rng.sample(self.statements, rng.randint(1, MOST_ALIKE)) if self.alike else self.statements
         if rng.random() < (RELATIONS_SHARE if not self.unseen else 0.35):
             kind = rng.choice(("org", "thing", "person"))
             relations = [relation for relation in self.relations if relation.entity == kind]
@@ -339,11 +345,11 @@ class FactWriter:
     def _attributed(self, entity: str, attribute: str) -> Fact:
         value = self.words.value()
         questions = tuple(self._fill(q, entity, attribute, value) for q in self.rng.sample(self.questions, 3))
-        if not self.unseen and self.rng.random() < LOOSE_SHARE:
+        if not (self.unseen or self.alike) and self.rng.random() < LOOSE_SHARE:
             questions = (*questions[:2], self._fill(self._loose(["{e}", "{a}"], "?"), entity, attribute, value))
             statement = self._loose(["{e}", "{a}", "{v}"], ".")
         else:
-            statement = self._in_context(self.rng.choice(self.statements))
+            statement = self._in_context(self.rng.choice(self.worded))
         sentence = self._fill(statement, entity, attribute, value)
         return Fact(entity, attribute, value, sentence, questions)
 
@@ -356,7 +362,7 @@ class FactWriter:
     def _in_context(self, statement: str) -> str:
         """Return the statement's template, sometimes with something before it or after it."""
         rng = self.rng
-        if self.unseen:
+        if self.unseen or self.alike:
             return statement
         if rng.random() < OPENING_SHARE:
             opening = (

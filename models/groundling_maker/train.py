@@ -48,13 +48,14 @@ COPY_SHARE = 0.05  # of the steps after that
 # At the end: tokens that no conversation here says are all but forgotten by then.
 LAST_STEPS, LAST_COPY_SHARE = 200, 0.3
 DRILL_SHARE = 0.5  # of the conversations: many questions, of whose answers only the beginning is said
-DRILL_QUESTIONS, DRILL_TOKENS = (6, 12), 2
+DRILL_QUESTIONS, DRILL_TOKENS = (6, 12), (2, 8)  # at most so many tokens, if two sentences begin alike for so long
 MUON_LR = 0.02
 ADAM_LR = 6e-3
 WARMUP_STEPS = 40
-DECAY_STEPS = 2600
+DECAYS = ((2600, 1.0), (3000, 0.6))  # steps, and from which share of the learning rates they go to nothing
 OTHER_WEIGHT = 0.03  # of tokens nobody has to say, against 1 for answers
-DECISION_WEIGHT = 4.0  # of the first tokens of an answer and of the id in it: which sentence, if any, and whose
+# Of the first token of an answer, of those that tell its sentence from others that begin alike, and of the id's first.
+DECISION_WEIGHT = 4.0
 # Of where the told heads look. Votes matter at the beginning; later, there are other good ways to count them.
 POINTER_WEIGHTS = {START_LAYER: 0.3, MATCH_LAYER: 0.3, VOTE_LAYER: 0.05, QUOTE_LAYER: 0.3}
 POINTED = ("start_missed", "match_missed", "vote_missed", "quote_missed")
@@ -66,7 +67,7 @@ LEVELS = (
     Level((1, 1), (1, 3), (2, 3), prose=0.3, nonsense=0.2),
     Level((1, 3), (1, 4), (3, 6), prose=0.3, nonsense=0.15),
     Level((1, 5), (1, 4), (2, 6), prose=0.35, nonsense=0.1),
-    Level((2, 7), (1, 5), (1, 6), prose=0.4, nonsense=0.05),
+    Level((2, 7), (1, 5), (1, 6), prose=0.3, nonsense=0.05),
 )
 LONG = Level((8, 18), (3, 8), (2, 8), prose=0.5, nonsense=0.0)
 ENOUGH = (0.55, 0.5, 0.5, 2.0)  # of the answers exactly right, to go on to the next level
@@ -74,12 +75,16 @@ ENOUGH = (0.55, 0.5, 0.5, 2.0)  # of the answers exactly right, to go on to the 
 
 @dataclass(frozen=True)
 class Quoted:
-    """Where things stand, as token places: what is asked, the quoted sentence, its passage's id, the answer said."""
+    """Where things stand, as token places: what is asked, the quoted sentence, its passage's id, the answer said.
+
+    `forks` count from the sentence's beginning: there, other text that began alike goes on differently.
+    """
 
     question: range
     sentence: range
     passage_id: range
     answer: range
+    forks: tuple[int, ...]
 
 
 @dataclass
@@ -109,9 +114,13 @@ def encode(tokenizer: Any, conversation: Conversation, *, drill: bool = False) -
         ids = tokenizer.encode(text).ids
         if said:
             sentence = tokenizer.encode(text.removesuffix(tokens.END).rsplit(" [", 1)[0]).ids
-            ids = ids[:DRILL_TOKENS] if drill else ids
             quoted = _find(sentence, example.ids, len(ids))
-            example.quoted += [quoted] if quoted else []
+            if drill:
+                fewest, most = DRILL_TOKENS
+                forks = quoted.forks if quoted else ()
+                ids = ids[: max([fewest, *(fork + 1 for fork in forks if fork < most)])]
+            if quoted:
+                example.quoted.append(replace(quoted, answer=quoted.answer[: len(ids)]))
         example.ids += ids
         example.said += [said] * len(ids)
     return example
@@ -132,7 +141,20 @@ def _find(sentence: list[int], ids: list[int], said: int) -> Quoted | None:
         range(start, start + size),
         range(id_start, id_end),
         range(len(ids) - 1, len(ids) - 1 + said),
+        _forks(ids, start, sentence),
     )
+
+
+def _forks(ids: list[int], start: int, sentence: list[int]) -> tuple[int, ...]:
+    """Return which tokens of the sentence at `start` tell it from places of the prompt that read alike until there."""
+    alike = [i for i, token in enumerate(ids) if token == sentence[0] and i != start]
+    forks = []
+    for nth, token in enumerate(sentence[1:], 1):
+        left = [i for i in alike if i + nth < len(ids) and ids[i + nth] == token]
+        if len(left) < len(alike):
+            forks.append(nth)
+        alike = left
+    return tuple(forks)
 
 
 def _pointers(examples: list[Example]) -> dict[int, Pointers]:
@@ -213,9 +235,10 @@ def collate(examples: list[Example], rng: random.Random | None = None) -> Batch:
             if said:
                 answers[row, i] = answer
         for quoted in example.quoted:
-            place = quoted.answer.start + len(quoted.sentence) + ANSWER_ID_AFTER
-            if place in quoted.answer and quoted.passage_id:
-                decisions[row, place + 1] = True
+            id_after = [len(quoted.sentence) + ANSWER_ID_AFTER] if quoted.passage_id else []
+            for nth in (*quoted.forks, *id_after):
+                if nth < len(quoted.answer):
+                    decisions[row, quoted.answer[nth] + 1] = True
         if rng is not None and rng.random() < 0.5:
             places = [i for i, token in enumerate(example.ids) if token in (tokens.PASSAGE_ID, tokens.USER_ID)]
             room = rng.uniform(0, 4096 - length)
@@ -325,18 +348,18 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS
+        return self.decay_start is not None and self.step >= self.decay_start + sum(steps for steps, _ in DECAYS)
 
     def train_step(self) -> dict[str, float]:
         start, end = COPY_STEPS
-        is_decaying = self.decay_start is not None
-        is_last = self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS - LAST_STEPS
+        decay = self._decay()
+        is_last = decay is not None and decay[1] - decay[0] <= LAST_STEPS
         share = max(LAST_COPY_SHARE if is_last else COPY_SHARE, 1 - (self.step - start) / (end - start))
         copied = random.Random(f"{SEED} {self.step}").random() < share
         rng = random.Random(f"{SEED} {self.step} {self.rank}")
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        count = DECAY_BATCHES if is_decaying else 1
+        count = DECAY_BATCHES if decay else 1
         learned = [self._learn(copied, count, rng) for _ in range(count)]
         means = [sum(each) / count for each in zip(*learned, strict=True)]
         *means, stop = self._share_gradients([*means, float(self._time_is_up())])
@@ -412,11 +435,24 @@ class Trainer:
             self.recent = 0.0
             self.batches = iter(())
 
+    def _decay(self) -> tuple[int, int, float] | None:
+        """Return how many steps of the present decay are done, of how many, and from which share of the rates."""
+        if self.decay_start is None:
+            return None
+        done = self.step - self.decay_start
+        for steps, share in DECAYS:
+            if done < steps:
+                return done, steps, share
+            done -= steps
+        return None
+
     def _learning_rate_scale(self) -> float:
-        scale = min(1.0, (self.step + 1) / WARMUP_STEPS)
-        if self.decay_start is not None:
-            scale *= max(0.0, 1 - (self.step - self.decay_start) / DECAY_STEPS)
-        return scale
+        decay = self._decay()
+        if decay is None:
+            return min(1.0, (self.step + 1) / WARMUP_STEPS)
+        done, steps, share = decay
+        warm = 1.0 if share == 1.0 else min(1.0, (done + 1) / WARMUP_STEPS)
+        return warm * share * (1 - done / steps)
 
     def _next_examples(self) -> list[Example]:
         while True:

@@ -108,10 +108,27 @@ def test_an_id_follows_from_the_passage_and_not_from_its_score_or_neighbours() -
     assert MARKER.findall("Yes [c6z7]. No [j5h3], [C6Z7], [12], [c6z7x].") == ["c6z7", "j5h3"]
 
 
-def test_two_passages_with_the_same_id_get_two_ids_the_same_way_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "passage_id", lambda passage, attempt=0: f"a0a{attempt}")
+def numbered(count: int) -> list[Passage]:
+    return [Passage("file", "file.md", position, f"Number {position}.") for position in range(count)]
+
+
+def test_two_passages_whose_ids_begin_alike_get_two_letters_the_same_way_every_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layout, "passage_id", lambda passage, attempt=0: ("a0a0", "a1a1", "b0b0")[attempt])
     for passages in ([HANDBOOK, MENU], [MENU, HANDBOOK]):
-        assert lay_out([QUESTION], passages, 1000, characters).ids == {"a0a0": HANDBOOK, "a0a1": MENU}
+        assert lay_out([QUESTION], passages, 1000, characters).ids == {"a0a0": HANDBOOK, "b0b0": MENU}
+
+
+def test_passages_have_different_letters_as_long_as_there_are_any() -> None:
+    ids = list(lay_out([QUESTION], numbered(60), 10_000, characters).ids)
+    assert len(set(ids)) == len(ids) == 60
+    assert len({id_[0] for id_ in ids[:26]}) == 26
+
+
+def test_what_follows_a_passage_does_not_change_its_id() -> None:
+    few, many = (lay_out([QUESTION], numbered(count), 10_000, characters).ids for count in (9, 30))
+    assert list(many)[:9] == list(few)
 
 
 @pytest.mark.parametrize(
