@@ -65,8 +65,8 @@ class Result:
         completed: Requests that came back whole.
         rejected: Requests that were refused at once for overload: HTTP 429 or 503.
         errors: Requests that did not, by reason, rejected ones included.
-        ttft_s: Per request, to the first event with text in it, or to the last one where none has any.
-        tpot_s: Per request, from there to the last event, divided by the tokens after the first; 0 with one token.
+        ttft_s: Per request whose answer has text, to the first event with some.
+        tpot_s: For each of those, from there to the last event, by token after the first; 0 with one token.
         client_cpu_s: This process's own.
     """
 
@@ -182,9 +182,9 @@ async def _streamed(session: aiohttp.ClientSession, load: Load, body: bytes, res
     if latest != b"data: [DONE]" or not before.startswith(b'data: {"id"'):
         raise RequestFailed(f"the stream ended with {before[:120]!r} {latest[:120]!r}")
     tokens = _count(json.loads(before[6:]), load, result)
-    first = first or last
-    result.ttft_s.append(first - started)
-    result.tpot_s.append((last - first) / (tokens - 1) if tokens > 1 else 0.0)
+    if first:
+        result.ttft_s.append(first - started)
+        result.tpot_s.append((last - first) / (tokens - 1) if tokens > 1 else 0.0)
 
 
 def _refusal(status: int, answer: bytes) -> RequestFailed:

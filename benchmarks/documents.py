@@ -423,15 +423,15 @@ def grounding(folder: Path, questions: int, say: Callable[[str], None]) -> dict[
 
 def _laid_out(question: str, found: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the prompt as Routers lay it out, and the same with its passages in the order of their scores."""
-    from deployments.grounding.layout import Passage, lay_out, render_passage
+    from deployments.grounding.layout import Passage, lay_out, passage_id, render_passage
 
     passages = [
         Passage(hit["file_id"], hit["filename"], i, hit["content"][0]["text"], hit["score"])
         for i, hit in enumerate(sorted(found, key=lambda hit: str(hit["content"][0]["text"])))
     ]
     layout = lay_out([{"role": "user", "content": question}], passages, 10**6, len)
-    best_first = sorted(layout.ids.items(), key=lambda item: -item[1].score)
-    block = "\n".join(render_passage(id_, passage) for id_, passage in best_first)
+    best_first = sorted(passages, key=lambda passage: -passage.score)
+    block = "\n".join(render_passage(passage_id(passage), passage) for passage in best_first)
     by_score = [*layout.messages[:-1], {"role": "user", "content": f"{block}\n\n{question}"}]
     return layout.messages, by_score
 

@@ -1,16 +1,18 @@
 """How passages are laid into a conversation. Pure: it knows neither retrieval nor any engine.
 
-The small model in `models/groundling` was trained on exactly these bytes: to change them is to train it again.
+The small model in `models/groundling` was trained on exactly these bytes: to change them, other than the choice of
+ids, is to train it again.
 
 A prompt that shares its beginning with another one shares its KV cache too. So what comes first never changes: first
 the constant instructions, then the history as it was, and only in the last user message the passages, then the
-question. A passage looks the same wherever it stands, and passages stand in the order of their documents, not of their
-scores.
+question. Passages stand in the order of their documents, not of their scores, and each looks the same after the same
+others.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +110,7 @@ def passage_id(passage: Passage, attempt: int = 0) -> str:
 
     Args:
         passage: Its file, position and text count, its score does not.
-        attempt: Gives another id where the first one is taken.
+        attempt: Gives another id where those before cannot be had.
     """
     content = "\0".join((passage.file_id, str(passage.position), passage.text, str(attempt)))
     number = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
@@ -141,19 +143,18 @@ def _place(passage: Passage) -> tuple[str, int, str]:
 
 
 def _ids(passages: Sequence[Passage]) -> dict[str, Passage]:
-    """Name the passages, each by another letter, for a model copies an id one character after the other.
+    """Name the passages. The first 26 ids begin with different letters: a small model copies them letter by letter.
 
-    Of two whose ids begin with the same letter, the later one gets its next id whose letter is free; when there are
-    none left, its next id that is.
+    Only the passages before it have a say in an id, so prompts that begin with the same passages begin with the same
+    bytes.
     """
     ids: dict[str, Passage] = {}
-    letters: set[str] = set()
+    free = set(_LETTERS)
     for passage in passages:
-        attempt = 0
-        while (id_ := passage_id(passage, attempt)) in ids or (id_[0] in letters and len(letters) < len(_LETTERS)):
-            attempt += 1
+        tried = (passage_id(passage, attempt) for attempt in itertools.count())
+        id_ = next(each for each in tried if each not in ids and (each[0] in free or not free))
+        free.discard(id_[0])
         ids[id_] = passage
-        letters.add(id_[0])
     return ids
 
 

@@ -30,8 +30,8 @@ def export(work: Path, model: Path) -> None:
     network = Network(shape)
     network.load_state_dict(torch.load(work / "checkpoint.pt")["network"])
     weights = network.to_hf()
-    # A head of its own, so that what only prompts have cannot be said: in drills a user follows after two tokens of an
-    # answer, which is what the model would otherwise say where it is unsure of the third.
+    # A head of its own, so that what only prompts have cannot be said: in drills a user follows after a few tokens of
+    # an answer, which is what the model would otherwise say where it is unsure of the next.
     head = weights["model.embed_tokens.weight"].clone()
     head[[tokens.PAD_ID, *tokens.PROMPT_IDS]] = 0
     weights = {

@@ -8,15 +8,18 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.groundling_maker.words import COLOURS, MATERIALS, ORGANISATIONS, Words
 
 RELATIONS_SHARE = 0.45  # of the worlds: relations, not attributes
 VERB_SHARE = 0.65  # of the relations: made of a verb
-LOOSE_SHARE = 0.15  # of the facts: words of prose around entity, attribute and value
+LOOSE_SHARE = 0.15  # of the attributes' facts: words of prose around entity, attribute and value
 OPENING_SHARE, ENDING_SHARE = 0.35, 0.25  # of the other statements
-ALIKE_SHARE, MOST_ALIKE = 0.5, 3  # of the worlds: all in a few wordings, so that many sentences begin alike
+ALIKE_SHARE, MOST_ALIKE = (
+    0.5,
+    3,
+)  # of the worlds: all in so few wordings, and nothing around them, that many begin alike
 
 STATEMENTS = """The {a} of {e} is {v}.
 The {a} of {e} is {v}.
@@ -310,8 +313,8 @@ class FactWriter:
         self.statements = _UNSEEN_STATEMENTS if unseen else _SEEN_STATEMENTS
         self.questions = _UNSEEN_QUESTIONS if unseen else _SEEN_QUESTIONS
         self.relations = [relation for kept, relation in _RELATIONS if kept == unseen]
-        self.alike = False  # whether this world's statements are in the few wordings of `worded`, and nothing else
-        self.worded = self.statements
+        self.alike = False
+        self.worded = self.statements  # of those, what this world uses
 
     def world(self, count: int) -> tuple[list[Fact], list[tuple[str, ...]]]:
         """Return `count` facts, and questions that none of them answers though they share its words."""
@@ -326,6 +329,8 @@ class FactWriter:
             chosen = rng.sample(relations, min(len(relations), rng.randint(1, 3)))
             if not self.unseen:
                 chosen = [_of_verb(rng, kind) if rng.random() < VERB_SHARE else each for each in chosen]
+            if self.alike:
+                chosen = [replace(each, statements=(rng.choice(each.statements),)) for each in chosen]
             entities = self._distinct(lambda: self._of_kind(chosen[0].entity), max(2, count))
             makers: list[Callable[[str], Fact]] = [lambda e, r=r: self._related(e, r) for r in chosen]  # type: ignore[misc]
         else:

@@ -2,8 +2,9 @@
 
     python -m models.groundling_maker.train WORK_FOLDER [--hours 0.24]
 
-The learning rate is constant until the decay, which begins when its time has come, or when a file named `decay`
-appears in the work folder. Progress is printed and written to `log.jsonl`.
+The learning rate is constant until the first decay, which begins when its time has come, or when a file named `decay`
+appears in the work folder; then it goes to nothing, and again from less (`DECAYS`). Progress is printed and written to
+`log.jsonl`.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ COPY_SHARE = 0.05  # of the steps after that
 # At the end: tokens that no conversation here says are all but forgotten by then.
 LAST_STEPS, LAST_COPY_SHARE = 200, 0.3
 DRILL_SHARE = 0.5  # of the conversations: many questions, of whose answers only the beginning is said
-DRILL_QUESTIONS, DRILL_TOKENS = (6, 12), (2, 8)  # at most so many tokens, if two sentences begin alike for so long
+DRILL_QUESTIONS = (6, 12)
+DRILL_TOKENS = (2, 8)  # the fewest; more, but so many at most, where the prompt has other text that begins alike
 MUON_LR = 0.02
 ADAM_LR = 6e-3
 WARMUP_STEPS = 40
 DECAYS = ((2600, 1.0), (3000, 0.6))  # steps, and from which share of the learning rates they go to nothing
+DECAY_STEPS = sum(steps for steps, _ in DECAYS)
 OTHER_WEIGHT = 0.03  # of tokens nobody has to say, against 1 for answers
-# Of the first token of an answer, of those that tell its sentence from others that begin alike, and of the id's first.
+# Of the first token of an answer, of those that tell its sentence from text that begins alike, and of the id's first.
 DECISION_WEIGHT = 4.0
 # Of where the told heads look. Votes matter at the beginning; later, there are other good ways to count them.
 POINTER_WEIGHTS = {START_LAYER: 0.3, MATCH_LAYER: 0.3, VOTE_LAYER: 0.05, QUOTE_LAYER: 0.3}
@@ -114,7 +117,7 @@ def encode(tokenizer: Any, conversation: Conversation, *, drill: bool = False) -
         ids = tokenizer.encode(text).ids
         if said:
             sentence = tokenizer.encode(text.removesuffix(tokens.END).rsplit(" [", 1)[0]).ids
-            quoted = _find(sentence, example.ids, len(ids))
+            quoted = _find(sentence, example, len(ids))
             if drill:
                 fewest, most = DRILL_TOKENS
                 forks = quoted.forks if quoted else ()
@@ -126,9 +129,9 @@ def encode(tokenizer: Any, conversation: Conversation, *, drill: bool = False) -
     return example
 
 
-def _find(sentence: list[int], ids: list[int], said: int) -> Quoted | None:
+def _find(sentence: list[int], prompt: Example, said: int) -> Quoted | None:
     """Return where a sentence first stands in a prompt; None where it does not."""
-    size = len(sentence)
+    ids, size = prompt.ids, len(sentence)
     starts = (i for i in range(len(ids) - size) if ids[i] == sentence[0] and ids[i : i + size] == sentence)
     start = next(starts, None)
     if start is None:
@@ -141,12 +144,16 @@ def _find(sentence: list[int], ids: list[int], said: int) -> Quoted | None:
         range(start, start + size),
         range(id_start, id_end),
         range(len(ids) - 1, len(ids) - 1 + said),
-        _forks(ids, start, sentence),
+        _forks(prompt, start, sentence),
     )
 
 
-def _forks(ids: list[int], start: int, sentence: list[int]) -> tuple[int, ...]:
-    """Return which tokens of the sentence at `start` tell it from places of the prompt that read alike until there."""
+def _forks(prompt: Example, start: int, sentence: list[int]) -> tuple[int, ...]:
+    """Return which tokens of the sentence at `start` tell it from places of the prompt that read alike until there.
+
+    Answers said before are no such places: they may have been cut.
+    """
+    ids = [-1 if said else token for token, said in zip(prompt.ids, prompt.said, strict=True)]
     alike = [i for i, token in enumerate(ids) if token == sentence[0] and i != start]
     forks = []
     for nth, token in enumerate(sentence[1:], 1):
@@ -309,6 +316,16 @@ def _exact(logits: Tensor, batch: Batch) -> tuple[int, int]:
     return total - len(torch.unique(answers[wrong])), total
 
 
+def decayed(steps: int) -> float:
+    """Return the share of the learning rates that is left so many steps after the first decay began."""
+    for nth, (of, share) in enumerate(DECAYS):
+        if steps < of:
+            warm = min(1.0, (steps + 1) / WARMUP_STEPS) if nth else 1.0  # it comes from nothing
+            return warm * share * (1 - steps / of)
+        steps -= of
+    return 0.0
+
+
 class Trainer:
     """Everything that a checkpoint has to bring back."""
 
@@ -348,18 +365,18 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.decay_start is not None and self.step >= self.decay_start + sum(steps for steps, _ in DECAYS)
+        return self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS
 
     def train_step(self) -> dict[str, float]:
         start, end = COPY_STEPS
-        decay = self._decay()
-        is_last = decay is not None and decay[1] - decay[0] <= LAST_STEPS
+        is_decaying = self.decay_start is not None
+        is_last = self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS - LAST_STEPS
         share = max(LAST_COPY_SHARE if is_last else COPY_SHARE, 1 - (self.step - start) / (end - start))
         copied = random.Random(f"{SEED} {self.step}").random() < share
         rng = random.Random(f"{SEED} {self.step} {self.rank}")
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        count = DECAY_BATCHES if decay else 1
+        count = DECAY_BATCHES if is_decaying else 1
         learned = [self._learn(copied, count, rng) for _ in range(count)]
         means = [sum(each) / count for each in zip(*learned, strict=True)]
         *means, stop = self._share_gradients([*means, float(self._time_is_up())])
@@ -435,24 +452,10 @@ class Trainer:
             self.recent = 0.0
             self.batches = iter(())
 
-    def _decay(self) -> tuple[int, int, float] | None:
-        """Return how many steps of the present decay are done, of how many, and from which share of the rates."""
-        if self.decay_start is None:
-            return None
-        done = self.step - self.decay_start
-        for steps, share in DECAYS:
-            if done < steps:
-                return done, steps, share
-            done -= steps
-        return None
-
     def _learning_rate_scale(self) -> float:
-        decay = self._decay()
-        if decay is None:
+        if self.decay_start is None:
             return min(1.0, (self.step + 1) / WARMUP_STEPS)
-        done, steps, share = decay
-        warm = 1.0 if share == 1.0 else min(1.0, (done + 1) / WARMUP_STEPS)
-        return warm * share * (1 - done / steps)
+        return decayed(self.step - self.decay_start)
 
     def _next_examples(self) -> list[Example]:
         while True:

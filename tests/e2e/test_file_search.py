@@ -19,7 +19,7 @@ import requests
 import yaml
 
 from benchmarks.replicas import replicas
-from deployments.grounding.layout import Passage, passage_id
+from deployments.grounding.layout import Passage, lay_out
 from models import tiny_random
 from tests.collector import Collector, over_grpc
 from tests.e2e.serving import ROOT, Served, serving, wait_for
@@ -109,9 +109,11 @@ Ask = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def cites(client: openai.OpenAI, store: str) -> dict[str, Any]:
-    """Options that make the model say one sentence and cite the passage about tides."""
-    (found,) = respond(client, store, tools=[tool(store, max_num_results=1)]).output[0].results
-    marker = passage_id(Passage(found.file_id, found.filename, 0, found.text))
+    """Options that make the model say one sentence and cite the passage about tides, of the two that are found."""
+    results = respond(client, store).output[0].results
+    passages = [Passage(found.file_id, found.filename, 0, found.text) for found in results]
+    ids = lay_out([{"role": "user", "content": "?"}], passages, 1 << 30, len).ids
+    (marker,) = (id_ for id_, passage in ids.items() if passage.filename == "tides.md")
     return {"extra_body": {"structured_outputs": {"choice": [f"It turns twice a day [{marker}]."]}}}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,37 @@ def test_every_system_has_a_command_with_the_shared_engine_arguments(name: str, 
     assert "8450" in said
 
 
+async def loaded(handler: Callable[[web.Request], Awaitable[web.StreamResponse]], load: Load) -> Result:
+    """Send the load to a server that does nothing else."""
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+    try:
+        return await client.run(replace(load, url=f"http://127.0.0.1:{port}"))
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.asyncio
+async def test_an_answer_without_text_has_no_time_to_its_first_token() -> None:
+    texts = iter(["", "word"])
+
+    async def answer(request: web.Request) -> web.Response:
+        events = [{"id": "1", "choices": [{"delta": {"content": next(texts)}}]}]
+        events.append({"id": "1", "choices": [], "usage": {"completion_tokens": 2}})
+        lines = [*(json.dumps(event) for event in events), "[DONE]"]
+        return web.Response(text="".join(f"data: {line}\n\n" for line in lines))
+
+    result = await loaded(answer, Load("", "tiny", clients=1, requests=2, tokens=2))
+    assert (result.completed, result.failed) == (2, 0)
+    assert len(result.ttft_s) == len(result.tpot_s) == 1
+    assert 0 < result.ttft_s[0] < result.wall_s
+
+
 @pytest.mark.asyncio
 async def test_arrivals_do_not_wait_for_answers_and_count_refusals() -> None:
     waiting, all_here = 0, asyncio.Event()
@@ -73,15 +107,7 @@ async def test_arrivals_do_not_wait_for_answers_and_count_refusals() -> None:
         await asyncio.wait_for(all_here.wait(), 20)
         return web.Response(status=429)
 
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", refuse)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-    result = await client.run(Load(f"http://127.0.0.1:{port}", "tiny", clients=2, requests=4, rate=1000.0))
-    await runner.cleanup()
+    result = await loaded(refuse, Load("", "tiny", clients=2, requests=4, rate=1000.0))
     assert (result.rejected, result.failed, result.completed) == (8, 0, 0)
     assert result.errors == {"Rejected: HTTP 429 ": 8}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from deployments.grounding.layout import MARKER, REFUSAL, Passage, lay_out
 from models.groundling_maker import tokenizer as tokens
 from models.groundling_maker.data import GREETING, Conversation, Level, Writer, segments
-from models.groundling_maker.facts import MOST_ALIKE, FactWriter
+from models.groundling_maker.facts import MOST_ALIKE, Fact, FactWriter
 from models.groundling_maker.network import BLOCK, CausalAttention, Network, Shape
 from models.groundling_maker.questions import PASSAGES, QUESTIONS
-from models.groundling_maker.train import _forks
+from models.groundling_maker.train import DECAYS, DRILL_TOKENS, Example, _forks, collate, decayed, encode
 from models.groundling_maker.words import UNSEEN_ATTRIBUTES
 
 MODEL = Path(__file__).parents[2] / "models" / "groundling"
@@ -49,6 +50,11 @@ def tokenizer() -> Any:
     return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(MODEL)
 
 
+@pytest.fixture(scope="module")
+def rust_tokenizer() -> Any:
+    return tokens.load(MODEL / "tokenizer.json")
+
+
 def test_every_answer_stands_word_for_word_in_the_passage_it_cites(conversations: list[Conversation]) -> None:
     quoted = 0
     for conversation in conversations:
@@ -66,17 +72,76 @@ def test_every_answer_stands_word_for_word_in_the_passage_it_cites(conversations
 def test_half_of_the_worlds_say_all_in_few_wordings() -> None:
     few = 0
     for seed in range(100):
-        writer = FactWriter(random.Random(seed), lambda: "It rains.")
-        writer.world(12)
-        few += len(set(writer.worded)) <= MOST_ALIKE
+        facts, _ = FactWriter(random.Random(seed), lambda: "It rains.").world(12)
+        few += len({_wording(fact) for fact in facts}) <= MOST_ALIKE
     assert 30 < few < 70
+
+
+def _wording(fact: Fact) -> str:
+    """Return a sentence without what it says: its entity, its attribute, its value, names and numbers."""
+    said = "|".join(re.escape(each) for each in (fact.entity, fact.attribute, fact.value) if each)
+    return re.sub(rf"(?i){said}|(?<!^)\b[A-Z]\w+|\d+", "_", fact.sentence)
 
 
 def test_a_fork_is_where_text_that_began_alike_goes_on_differently() -> None:
     ids = [*(1, 2, 3, 4, 9), *(1, 2, 5, 6, 9), *(1, 7, 9)]
-    assert _forks(ids, 5, ids[5:9]) == (1, 2)  # from the last one, then from the first
-    assert _forks(ids, 10, ids[10:12]) == (1,)
-    assert _forks([8, 9, *ids[10:]], 0, [8, 9]) == ()
+    prompt = Example(ids, [False] * len(ids))
+    assert _forks(prompt, 5, ids[5:9]) == (1, 2)  # from the last one, then from the first
+    assert _forks(prompt, 10, ids[10:12]) == (1,)
+    assert _forks(Example([8, 9, *ids[10:]], [False] * 5), 0, [8, 9]) == ()
+    prompt.said[10:12] = [True, True]
+    assert _forks(prompt, 5, ids[5:9]) == (2,)
+
+
+TOWN = ["The mayor of Brill is Anna Stone.", "The mayor of Brock is Otto Reed."]
+
+
+def conversation(answers: list[str]) -> Conversation:
+    passages = [Passage("f", "f.md", i, sentence) for i, sentence in enumerate(TOWN)]
+    layout = lay_out([{"role": "user", "content": "Who?"}], passages, 1 << 30, len)
+    markers = {passage.text: id_ for id_, passage in layout.ids.items()}
+    said = [answer if answer == REFUSAL else f"{answer} [{markers[answer]}]" for answer in answers]
+    return Conversation(layout.messages, said[0], [("And?", answer) for answer in said[1:]])
+
+
+def spoken(example: Example, tokenizer: Any) -> list[str]:
+    """Return the answers that are said, as text."""
+    answers: list[list[int]] = []
+    for i, (id_, said) in enumerate(zip(example.ids, example.said, strict=True)):
+        if said:
+            if not example.said[i - 1]:
+                answers.append([])
+            answers[-1].append(id_)
+    return [tokenizer.decode(answer) for answer in answers]
+
+
+@needs_model
+def test_drills_go_as_far_as_sentences_are_alike_each_time_the_same(rust_tokenizer: Any) -> None:
+    drill = encode(rust_tokenizer, conversation([TOWN[0], REFUSAL, TOWN[0], REFUSAL]), drill=True)
+    first, refusal, *again = spoken(drill, rust_tokenizer)
+    assert again == [first, refusal]
+    assert len(rust_tokenizer.encode(refusal).ids) == DRILL_TOKENS[0]
+    assert first.startswith("The mayor of") and "Br" in first and "Anna" not in first
+
+
+@needs_model
+def test_what_is_decided_is_which_sentence_and_whose(rust_tokenizer: Any) -> None:
+    example = encode(rust_tokenizer, conversation([TOWN[0]]))
+    (batch,) = collate([example]).decisions
+    decided = [example.ids[i] for i in batch.nonzero().flatten().tolist()]
+    (marker,) = MARKER.findall(spoken(example, rust_tokenizer)[0])
+    texts = [rust_tokenizer.decode([id_]) for id_ in decided]
+    assert texts[0] == "The" and texts[-1] == marker[0]
+    assert len(texts) == 3 and texts[1].strip() in "Brill"
+
+
+def test_the_learning_rate_decays_to_nothing_twice() -> None:
+    (first, _), (second, share) = DECAYS
+    assert decayed(0) == 1.0 and decayed(first // 2) == 0.5
+    assert decayed(first - 1) < 0.001 and decayed(first + second - 1) < 0.001
+    assert decayed(first) < 0.1 * share  # it comes from nothing
+    assert decayed(first + second // 2) == share / 2
+    assert decayed(first + second) == decayed(first + second + 100) == 0.0
 
 
 def test_some_questions_have_no_answer() -> None:

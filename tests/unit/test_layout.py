@@ -1,4 +1,4 @@
-"""The bytes of a grounded prompt. A change here means that the model in models/groundling has to be trained again."""
+"""The bytes of a grounded prompt. A change, other than of ids, means that models/groundling has to be trained again."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_same_chunk_found_twice_stands_once() -> None:
     assert list(lay_out([QUESTION], [HANDBOOK, again], 1000, characters).ids.values()) == [again]
 
 
-def test_an_id_follows_from_the_passage_and_not_from_its_score_or_neighbours() -> None:
+def test_an_id_follows_from_the_passage_and_not_from_its_score_or_its_files_name() -> None:
     assert passage_id(HANDBOOK) == passage_id(Passage("file-1", "renamed.md", 0, HANDBOOK.text, 0.99)) == "c6z7"
     assert passage_id(HANDBOOK) != passage_id(HANDBOOK, attempt=1)
     assert MARKER.fullmatch(f"[{passage_id(MENU)}]")
