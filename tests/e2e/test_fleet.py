@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import requests
 
 from models import tiny_random
-from tests.e2e.serving import ROOT, Served, serving
+from tests.e2e.serving import ROOT, Served, serving, wait_for
 
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
 CITY: Any = {
@@ -54,14 +53,6 @@ def client(base: str) -> openai.OpenAI:
 
 def replicas(base: str, model: str) -> int:
     return int(requests.get(f"{base}/health", timeout=30).json()["replicas"][model])
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> float:
-    begin = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begin < SCALES_WITHIN_S, f"not within {SCALES_WITHIN_S} s: {what}"
-        time.sleep(0.5)
-    return time.monotonic() - begin
 
 
 def test_all_names_are_listed(client: openai.OpenAI) -> None:
@@ -117,7 +108,7 @@ def test_tokenize_and_detokenize_are_inverse(base: str) -> None:
 
 
 def test_from_zero_the_first_request_is_held_until_an_engine_is_up(client: openai.OpenAI, base: str) -> None:
-    wait_for(lambda: replicas(base, "embedder") == 0, "no engine before the first request")
+    wait_for(lambda: replicas(base, "embedder") == 0, "no engine before the first request", SCALES_WITHIN_S)
     answer = client.embeddings.create(model="embedder", input=["one", "two"], encoding_format="float")
     assert [len(item.embedding) for item in answer.data] == [256, 256]
 
@@ -141,7 +132,7 @@ def test_a_pooling_model_does_not_chat(base: str) -> None:
 
 
 def test_load_brings_a_second_engine_without_cutting_a_stream_and_both_work(client: openai.OpenAI, base: str) -> None:
-    wait_for(lambda: replicas(base, "tiny") == 1, "one engine before the load")
+    wait_for(lambda: replicas(base, "tiny") == 1, "one engine before the load", SCALES_WITHIN_S)
     stop = threading.Event()
     finished: list[int] = []
 
@@ -155,9 +146,9 @@ def test_load_brings_a_second_engine_without_cutting_a_stream_and_both_work(clie
     with ThreadPoolExecutor(12) as pool:
         streams = [pool.submit(stream) for _ in range(12)]
         try:
-            wait_for(lambda: replicas(base, "tiny") == 2, "a second engine")
+            wait_for(lambda: replicas(base, "tiny") == 2, "a second engine", SCALES_WITHIN_S)
             before = engine_work(base)
-            wait_for(lambda: len(before_and_after(base, before)) == 2, "both engines have new work")
+            wait_for(lambda: len(before_and_after(base, before)) == 2, "both engines have new work", SCALES_WITHIN_S)
         finally:
             stop.set()
         for done in streams:
@@ -177,4 +168,4 @@ def before_and_after(base: str, before: dict[str, float]) -> list[str]:
 
 
 def test_without_work_the_last_engine_leaves(base: str) -> None:
-    wait_for(lambda: replicas(base, "embedder") == 0, "back to zero")
+    wait_for(lambda: replicas(base, "embedder") == 0, "back to zero", SCALES_WITHIN_S)
