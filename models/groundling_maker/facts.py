@@ -16,10 +16,7 @@ RELATIONS_SHARE = 0.45  # of the worlds: relations, not attributes
 VERB_SHARE = 0.65  # of the relations: made of a verb
 LOOSE_SHARE = 0.15  # of the attributes' facts: words of prose around entity, attribute and value
 OPENING_SHARE, ENDING_SHARE = 0.35, 0.25  # of the other statements
-ALIKE_SHARE, MOST_ALIKE = (
-    0.5,
-    3,
-)  # of the worlds: all in so few wordings, and nothing around them, that many begin alike
+ALIKE_SHARE, MOST_ALIKE = 0.5, 3  # of the worlds: all in a few bare wordings, so that many sentences begin alike
 
 STATEMENTS = """The {a} of {e} is {v}.
 The {a} of {e} is {v}.
@@ -313,15 +310,15 @@ class FactWriter:
         self.statements = _UNSEEN_STATEMENTS if unseen else _SEEN_STATEMENTS
         self.questions = _UNSEEN_QUESTIONS if unseen else _SEEN_QUESTIONS
         self.relations = [relation for kept, relation in _RELATIONS if kept == unseen]
-        self.alike = False
+        self.bare = unseen  # whether this world's statements stand as they are, nothing around them
         self.worded = self.statements  # of those, what this world uses
 
     def world(self, count: int) -> tuple[list[Fact], list[tuple[str, ...]]]:
         """Return `count` facts, and questions that none of them answers though they share its words."""
         rng = self.rng
         if not self.unseen:
-            self.alike = rng.random() < ALIKE_SHARE
-            self.worded = rng.sample(self.statements, rng.randint(1, MOST_ALIKE)) if self.alike else self.statements
+            self.bare = rng.random() < ALIKE_SHARE
+            self.worded = rng.sample(self.statements, rng.randint(1, MOST_ALIKE)) if self.bare else self.statements
         if rng.random() < (RELATIONS_SHARE if not self.unseen else 0.35):
             kind = rng.choice(("org", "thing", "person"))
             relations = [relation for relation in self.relations if relation.entity == kind]
@@ -329,8 +326,8 @@ class FactWriter:
             chosen = rng.sample(relations, min(len(relations), rng.randint(1, 3)))
             if not self.unseen:
                 chosen = [_of_verb(rng, kind) if rng.random() < VERB_SHARE else each for each in chosen]
-            if self.alike:
-                chosen = [replace(each, statements=(rng.choice(each.statements),)) for each in chosen]
+                if self.bare:
+                    chosen = [replace(each, statements=(rng.choice(each.statements),)) for each in chosen]
             entities = self._distinct(lambda: self._of_kind(chosen[0].entity), max(2, count))
             makers: list[Callable[[str], Fact]] = [lambda e, r=r: self._related(e, r) for r in chosen]  # type: ignore[misc]
         else:
@@ -350,7 +347,7 @@ class FactWriter:
     def _attributed(self, entity: str, attribute: str) -> Fact:
         value = self.words.value()
         questions = tuple(self._fill(q, entity, attribute, value) for q in self.rng.sample(self.questions, 3))
-        if not (self.unseen or self.alike) and self.rng.random() < LOOSE_SHARE:
+        if not self.bare and self.rng.random() < LOOSE_SHARE:
             questions = (*questions[:2], self._fill(self._loose(["{e}", "{a}"], "?"), entity, attribute, value))
             statement = self._loose(["{e}", "{a}", "{v}"], ".")
         else:
@@ -367,7 +364,7 @@ class FactWriter:
     def _in_context(self, statement: str) -> str:
         """Return the statement's template, sometimes with something before it or after it."""
         rng = self.rng
-        if self.unseen or self.alike:
+        if self.bare:
             return statement
         if rng.random() < OPENING_SHARE:
             opening = (

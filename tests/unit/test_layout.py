@@ -120,6 +120,13 @@ def test_two_passages_whose_ids_begin_alike_get_two_letters_the_same_way_every_t
         assert lay_out([QUESTION], passages, 1000, characters).ids == {"a0a0": HANDBOOK, "b0b0": MENU}
 
 
+def test_two_passages_with_the_same_id_get_two_ids_when_no_letter_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_LETTERS", "a")
+    monkeypatch.setattr(layout, "passage_id", lambda passage, attempt=0: f"a0a{attempt}")
+    for passages in ([HANDBOOK, MENU], [MENU, HANDBOOK]):
+        assert lay_out([QUESTION], passages, 1000, characters).ids == {"a0a0": HANDBOOK, "a0a1": MENU}
+
+
 def test_passages_have_different_letters_as_long_as_there_are_any() -> None:
     ids = list(lay_out([QUESTION], numbered(60), 10_000, characters).ids)
     assert len(set(ids)) == len(ids) == 60
