@@ -29,9 +29,10 @@ CPU_ENGINE_BYTES: Final = 5 * GB // 2
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
+"""Of a container: its limit, what it uses, and what of that is page cache that the kernel takes back first."""
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -247,12 +248,19 @@ def available_bytes() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit, usage in _CGROUP_FILES:
+    for names in _CGROUP_FILES:
+        limit, usage, statistics = (_CGROUP / name for name in names[:3])
         try:
-            free = min(free, int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text()))
+            used = int(usage.read_text()) - _statistic(statistics, names[3])
+            free = min(free, int(limit.read_text()) - used)
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return free
+
+
+def _statistic(file: Path, name: str) -> int:
+    lines = (line.split() for line in file.read_text().splitlines())
+    return next((int(value) for key, value in lines if key == name), 0)
 
 
 def has_gpu() -> bool:
