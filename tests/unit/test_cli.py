@@ -28,12 +28,14 @@ from deployments.launch.preflight import (
     ServedModel,
     available_bytes,
     check_keys,
+    check_libraries,
     check_memory,
     check_model,
     check_port,
     check_ray_address,
     check_vllm,
     free_port,
+    has_library,
     read_config,
 )
 from tests.unit.recording import LIMIT_S
@@ -112,6 +114,15 @@ class TestPreflight:
     def test_refuses_to_start_without_vllm(self) -> None:
         with pytest.raises(CannotStart, match="make install"):
             check_vllm(False)
+
+    def test_refuses_to_start_where_vllm_could_not_be_loaded(self) -> None:
+        with pytest.raises(CannotStart, match="apt-get install libnuma1"):
+            check_libraries(lambda name: False, gpu_build=False)
+        check_libraries(lambda name: False, gpu_build=True)
+        check_libraries(lambda name: True, gpu_build=False)
+
+    def test_tells_libraries_that_are_there_from_others(self) -> None:
+        assert has_library("libc.so.6") and not has_library("libnowhere.so.1")
 
     def test_counts_memory_for_every_engine_and_its_weights(self, tmp_path: Path) -> None:
         model = tmp_path / "model"
