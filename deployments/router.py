@@ -113,8 +113,15 @@ class Router:
             return grounded(await model.app(), model, assistant)
 
         def grounded(app: App, model: _Model, assistant: AssistantConfig | None) -> App:
-            config = self._config.grounding
-            return GroundedApp(app, model.limits(), retriever, config, metrics=self._metrics, assistant=assistant)
+            return GroundedApp(
+                app,
+                model.limits(),
+                retriever,
+                self._config.grounding,
+                metrics=self._metrics,
+                assistant=assistant,
+                owner_of=str if self._keys is None else self._keys.owner_of,
+            )
 
         dispatcher = Dispatcher(
             resolve,

@@ -102,6 +102,7 @@ class GroundedApp:
         app: The model's own app.
         retriever: Where documents are searched; None where there are none.
         assistant: Stores that are searched for each question, under a name of their own.
+        owner_of: Says whose files and vector stores a key of this name sees; None is nobody's.
     """
 
     def __init__(
@@ -113,10 +114,11 @@ class GroundedApp:
         *,
         metrics: Metrics,
         assistant: AssistantConfig | None = None,
+        owner_of: Callable[[str], str | None] = lambda name: name,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._app, self._limits, self._retriever, self._config = app, limits, retriever, config
-        self._assistant, self._metrics, self._clock = assistant, metrics, clock
+        self._assistant, self._owner_of, self._metrics, self._clock = assistant, owner_of, metrics, clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         api = _APIS.get(scope["path"]) if scope["method"] == "POST" else None
@@ -256,11 +258,13 @@ class GroundedApp:
 
     async def _find(self, retriever: Retriever, search: FileSearch, query: str) -> Sequence[Hit]:
         """Search each store as its owner: an assistant's may be another's than those of the key that asks."""
-        assistant, asking = self._assistant, request_scope.owner()
+        assistant, lent = self._assistant, tuple[str, ...]()
+        lender = owner = request_scope.owner()
+        if assistant is not None and assistant.owner is not None:
+            lender, lent = self._owner_of(assistant.owner), assistant.vector_store_ids
         by_owner: dict[str | None, list[str]] = {}
         for store in search.vector_store_ids:
-            lent = assistant is not None and assistant.owner is not None and store in assistant.vector_store_ids
-            by_owner.setdefault(assistant.owner if assistant is not None and lent else asking, []).append(store)
+            by_owner.setdefault(lender if store in lent else owner, []).append(store)
         most = search.max_num_results or self._config.max_num_results
         options: dict[str, Any] = {"max_results": most, "filters": search.filters, "ranking": search.ranking()}
         searches = (retriever.search(owner, stores, [query], **options) for owner, stores in by_owner.items())
