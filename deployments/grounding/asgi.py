@@ -34,7 +34,7 @@ from deployments.grounding.file_search import (
     text_of,
     tokens_besides_passages,
 )
-from deployments.grounding.layout import Layout, Passage, lay_out
+from deployments.grounding.layout import Layout, Passage, escape_tags, lay_out
 from deployments.grounding.sse import EventSplitter
 from deployments.retrieval.records import Hit
 
@@ -87,12 +87,14 @@ class Limits:
         let_in: Lets a request of so many sequences in before anything is done for it, or raises `PublicError`.
         count_tokens: Counts the tokens of a text; called in threads.
         max_model_len: How many tokens prompt and answer may have together.
+        escape: Breaks up the model's special tokens in a document; see `layout.escaper`.
     """
 
     model: str
     let_in: Callable[[int], None]
     count_tokens: Callable[[str], int]
     max_model_len: int
+    escape: Callable[[str], str] = escape_tags
 
 
 class GroundedApp:
@@ -205,7 +207,8 @@ class GroundedApp:
         answer = api.output_tokens(body) or min(config.output_reserve_tokens, context // 4)
         room = context - answer - tokens_besides_passages(messages, body.get("tools"), limits.count_tokens)
         passages = [Passage(hit.file_id, hit.filename, hit.position, hit.text, hit.score) for hit in found]
-        layout = lay_out(messages, passages, min(room, config.max_passage_tokens), limits.count_tokens)
+        budget = min(room, config.max_passage_tokens)
+        layout = lay_out(messages, passages, budget, limits.count_tokens, limits.escape)
         if passages and not layout.ids:
             raise BadRequest(
                 f"No passage fits: of the model's {context} tokens, {answer} are kept for the answer and "
