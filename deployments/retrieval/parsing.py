@@ -15,7 +15,8 @@ from typing import Final
 
 from deployments.retrieval.records import ErrorCode
 
-_MAX_DOCX_PART_BYTES: Final = 32 * 2**20  # of XML; pictures are not looked at
+_MAX_DOCX_PART_BYTES: Final = 32 * 2**20  # of XML
+_LEAST_SHRINKING: Final = 4  # of XML, and of bombs; pictures and films hardly shrink, and are not looked at
 _HEAD_BYTES: Final = 1024
 _OLE_MAGIC: Final = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _BOMS: Final = (
@@ -204,7 +205,10 @@ def _docx(path: Path) -> str:
             for part in archive.infolist():
                 if part.flag_bits & 1:
                     raise Unreadable("unsupported_file", "The .docx is protected: save it without a password.")
-                if part.file_size > _MAX_DOCX_PART_BYTES:
+                is_text = part.filename.endswith((".xml", ".rels")) or (
+                    part.file_size > _LEAST_SHRINKING * part.compress_size  # any part can be named as the document
+                )
+                if is_text and part.file_size > _MAX_DOCX_PART_BYTES:
                     size = f"{part.file_size:,} bytes"
                     raise Unreadable("invalid_file", f"The .docx unpacks to {size}, which is more than is read.")
         with path.open("rb") as file:

@@ -165,10 +165,19 @@ def test_an_archive_that_is_not_a_docx_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, (tmp_path / "a.zip").read_bytes(), "a.xlsx").code == "unsupported_file"
 
 
-def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
-    refused = refusal(tmp_path, zip_bomb(300 * 2**20), "bomb.docx")
+@pytest.mark.parametrize("part", ["word/document.xml", "word/media/film.mp4"])
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, part: str) -> None:
+    refused = refusal(tmp_path, zip_bomb(300 * 2**20, part), "bomb.docx")
     assert refused.code == "invalid_file"
     assert "unpacks to" in refused.message
+
+
+def test_a_film_in_a_docx_may_be_as_long_as_it_likes(tmp_path: Path) -> None:
+    file = tmp_path / "upload.docx"
+    file.write_bytes(docx([("", "Look at this.")]))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("word/media/film.mp4", random.Random(1).randbytes(33 * 2**20))
+    assert text_of(file, "a.docx", max_chars=100) == "Look at this.\n"
 
 
 def test_an_entity_bomb_is_refused(tmp_path: Path) -> None:
