@@ -31,6 +31,7 @@ from benchmarks.chaos import (
     judge,
     likelier,
 )
+from tests.unit.stub_server import served
 
 CLIENTS, TOKENS = 4, 40
 UNDISTURBED = Answer([1, 2, 3], "one two three", 3, [0.0, 1.0, 2.0], 200)
@@ -223,15 +224,8 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StubHouse]:
     monkeypatch.setattr(chaos, "METRICS_LAG_S", 0.0)
     monkeypatch.setattr(chaos, "LONGEST_METRICS_LAG_S", 0.0)
     stub = StubHouse()
-    app = web.Application()
-    app.router.add_post("/v1/completions", stub.complete)
-    runner = web.AppRunner(app, handler_cancellation=True)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield stub
-    await runner.cleanup()
+    async with served(stub.complete, "/v1/completions") as stub.url:
+        yield stub
 
 
 async def ran(house: StubHouse, *faults: str, until: float | None = None) -> tuple[dict[str, Row], list[str]]:

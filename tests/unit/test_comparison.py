@@ -19,6 +19,7 @@ from benchmarks import client, client_check, console
 from benchmarks.client import Load, Result
 from benchmarks.compare import SYSTEMS, WORKLOADS, Case, Measured, Options, as_json, system, table
 from benchmarks.servers import EngineSettings
+from tests.unit.stub_server import served
 
 OPTIONS = Options(systems=("groundswell", "bare"), workloads=("chat-32",), ttft_slo_s=1.0, tpot_slo_s=0.1)
 
@@ -66,17 +67,8 @@ def test_every_system_has_a_command_with_the_shared_engine_arguments(name: str, 
 
 async def loaded(handler: Callable[[web.Request], Awaitable[web.StreamResponse]], load: Load) -> Result:
     """Send the load to a server that does nothing else."""
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", handler)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-    try:
-        return await client.run(replace(load, url=f"http://127.0.0.1:{port}"))
-    finally:
-        await runner.cleanup()
+    async with served(handler) as url:
+        return await client.run(replace(load, url=url))
 
 
 @pytest.mark.asyncio

@@ -16,6 +16,7 @@ from aiohttp import web
 from benchmarks import overload
 from benchmarks.overload import Answer, Measured, Options, Phase, Sent, as_json, measure, normal_after_s, promised, rows
 from benchmarks.servers import ServerError
+from tests.unit.stub_server import served
 
 OPTIONS = Options("", tokens=11)
 BEFORE, AFTER = Phase(2.0, 0.0, 10.0), Phase(2.0, 10.0, 20.0)
@@ -129,14 +130,8 @@ class StubServer:
 @pytest_asyncio.fixture
 async def stub() -> AsyncIterator[StubServer]:
     server = StubServer()
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", server.answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield server
-    await runner.cleanup()
+    async with served(server.answer) as server.url:
+        yield server
 
 
 @pytest.mark.asyncio

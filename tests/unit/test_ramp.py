@@ -13,6 +13,7 @@ from aiohttp import web
 
 from benchmarks.overload import Answer, Sent
 from benchmarks.ramp import STEPS, Moment, Options, Ramp, Run, counts, plot, rows, table
+from tests.unit.stub_server import served
 
 
 @pytest.fixture
@@ -94,18 +95,8 @@ class StubServer:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.log.write_text("  0 s  starting Ray\n")
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", self.answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        server: Any = site._server
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        try:
+        async with served(self.answer) as self.url:
             yield
-        finally:
-            await runner.cleanup()
 
 
 @pytest.mark.asyncio
