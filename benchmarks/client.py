@@ -63,7 +63,7 @@ class Result:
         events: Server-sent events, `[DONE]` included: fewer than tokens where a server merges them.
         prompt_tokens: Of those, likewise.
         completed: Requests that came back whole.
-        rejected: Requests that were refused at once for overload: HTTP 429 or 503.
+        rejected: Requests that were refused at once for overload: HTTP 429.
         errors: Requests that did not, by reason, rejected ones included.
         ttft_s: Per request whose answer has text, to the first event with some.
         tpot_s: For each of those, from there to the last event, by token after the first; 0 with one token.
@@ -96,7 +96,7 @@ class RequestFailed(Exception):
 
 
 class Rejected(RequestFailed):
-    """The server has too much to do, and says so."""
+    """The server has too much to do, and says so. A 503 only says that nobody could do it: that is a failure."""
 
 
 def bodies(load: Load, client: int) -> list[bytes]:
@@ -189,8 +189,9 @@ async def _streamed(session: aiohttp.ClientSession, load: Load, body: bytes, res
 
 def _refusal(status: int, answer: bytes) -> RequestFailed:
     """Return the error for an answer other than 200, the same for all that say the same."""
-    words = answer[:120] if status not in (429, 503) else b""  # they count requests
-    return (Rejected if status in (429, 503) else RequestFailed)(f"HTTP {status} {words.decode(errors='replace')}")
+    if status == 429:
+        return Rejected("HTTP 429")  # without its words, which count requests
+    return RequestFailed(f"HTTP {status} {answer[:120].decode(errors='replace')}")
 
 
 def _has_text(event: bytes) -> bool:

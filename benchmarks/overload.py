@@ -255,11 +255,11 @@ async def send(session: aiohttp.ClientSession, url: str, model: str, tokens: int
     last = b""
     try:
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:
-            if response.status in (429, 503):
+            if response.status == 429:
                 await response.read()
                 return Answer(retry_after_s=_retry_after(response))
             if response.status != 200:
-                raise ValueError(f"HTTP {response.status}")
+                raise ValueError(f"HTTP {response.status} {(await response.text())[:80]}")
             async for line in response.content:
                 if line.startswith(b"data: "):
                     last = line
@@ -279,7 +279,7 @@ def _retry_after(response: aiohttp.ClientResponse) -> float:
     try:
         return float(response.headers["retry-after"])
     except (KeyError, ValueError):
-        raise ValueError(f"HTTP {response.status} without a Retry-After in seconds") from None
+        raise ValueError("HTTP 429 without a Retry-After in seconds") from None
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -424,7 +424,7 @@ def as_json(options: Options, measured: Measured) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 1 if it did not come to its end, or a request was neither answered nor refused.
 
-    A refusal counts as one only where it came before any stream, with a Retry-After.
+    A refusal counts as one only where it came before any stream, as a 429 with a Retry-After.
     """
     given = _parser().parse_args(arguments)
     console.stop_in_order()

@@ -15,7 +15,8 @@ pytest.importorskip("psutil")
 
 from aiohttp import web
 
-from benchmarks import client, client_check, console
+from benchmarks import client, client_check, compare, console
+from benchmarks.__main__ import main
 from benchmarks.client import Load, Result
 from benchmarks.compare import SYSTEMS, WORKLOADS, Case, Measured, Options, as_json, system, table
 from benchmarks.servers import EngineSettings
@@ -101,7 +102,21 @@ async def test_arrivals_do_not_wait_for_answers_and_count_refusals() -> None:
 
     result = await loaded(refuse, Load("", "tiny", clients=2, requests=4, rate=1000.0))
     assert (result.rejected, result.failed, result.completed) == (8, 0, 0)
-    assert result.errors == {"Rejected: HTTP 429 ": 8}
+    assert result.errors == {"Rejected: HTTP 429": 8}
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_nobody_is_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_server(request: web.Request) -> web.Response:
+        return web.Response(status=503, text="No server is available to handle this request.")
+
+    result = await loaded(no_server, Load("", "tiny", clients=2, requests=4))
+    assert (result.rejected, result.failed, result.completed) == (0, 8, 0)
+    assert result.errors == {"RequestFailed: HTTP 503 No server is available to handle this request.": 8}
+    measured = {"bare": Measured({"chat-32": Case([result])}, first_token_s=[60.0])}
+    monkeypatch.setattr(compare, "compare", lambda options, say: measured)
+    monkeypatch.setattr(console, "stop_in_order", lambda: None)
+    assert main(["--systems", "bare", "--workloads", "chat-32"]) == 1
 
 
 def test_every_workload_but_arrivals_says_how_many_clients() -> None:

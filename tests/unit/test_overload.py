@@ -165,12 +165,13 @@ async def test_a_server_with_keys_is_measured_with_one_and_not_without(stub: Stu
 @pytest.mark.parametrize(
     ("refusal", "said"),
     [
-        ({"status": 503}, "without a Retry-After"),
+        ({"status": 429}, "without a Retry-After"),
         ({"status": 429, "headers": {"retry-after": "soon"}}, "without a Retry-After"),
         ({"status": 500}, "HTTP 500"),
+        ({"status": 503, "headers": {"retry-after": "1"}, "text": "The engines failed"}, "HTTP 503 The engines failed"),
     ],
 )
-async def test_a_refusal_that_names_no_time_is_none(stub: StubServer, refusal: dict[str, Any], said: str) -> None:
+async def test_only_a_429_that_names_a_time_is_a_refusal(stub: StubServer, refusal: dict[str, Any], said: str) -> None:
     stub.open, stub.refusal = 2, refusal
     async with aiohttp.ClientSession() as session:
         answer = await overload.send(session, stub.url, "tiny", 2, "seed")
