@@ -55,7 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tpot-slo", type=float, default=defaults.tpot_slo_s, help="seconds: each further token of a good request"
     )
-    parser.add_argument("--capacity", type=float, help="requests/s that are 100%%; else as chat-32 finds it")
+    parser.add_argument(
+        "--capacity",
+        type=float,
+        help="requests/s that are 100%%; else what the bare server does in chat-32, asked first",
+    )
     parser.add_argument(
         "--engine-arg",
         type=console.name_and_value,

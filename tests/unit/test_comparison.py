@@ -13,13 +13,14 @@ import pytest
 
 pytest.importorskip("psutil")
 
+import psutil
 from aiohttp import web
 
 from benchmarks import client, client_check, compare, console
 from benchmarks.__main__ import main
 from benchmarks.client import Load, Result
 from benchmarks.compare import SYSTEMS, WORKLOADS, Case, Measured, Options, as_json, system, table
-from benchmarks.servers import EngineSettings
+from benchmarks.servers import EngineSettings, ServerError
 from tests.unit.stub_server import served
 
 OPTIONS = Options(systems=("groundswell", "bare"), workloads=("chat-32",), ttft_slo_s=1.0, tpot_slo_s=0.1)
@@ -27,7 +28,7 @@ OPTIONS = Options(systems=("groundswell", "bare"), workloads=("chat-32",), ttft_
 
 def measured(tokens: int, **more: object) -> Measured:
     result = Result(wall_s=2.0, tokens=tokens, completed=2, ttft_s=[0.5, 1.5], tpot_s=[0.01, 0.01], **more)  # type: ignore[arg-type]
-    return Measured({"chat-32": Case([result])}, first_token_s=[60.0])
+    return Measured({"chat-32": Case(results=[result])}, first_token_s=[60.0])
 
 
 def test_ratios_are_to_the_bare_server() -> None:
@@ -113,10 +114,66 @@ async def test_an_answer_that_nobody_is_there_is_a_failure(monkeypatch: pytest.M
     result = await loaded(no_server, Load("", "tiny", clients=2, requests=4))
     assert (result.rejected, result.failed, result.completed) == (0, 8, 0)
     assert result.errors == {"RequestFailed: HTTP 503 No server is available to handle this request.": 8}
-    measured = {"bare": Measured({"chat-32": Case([result])}, first_token_s=[60.0])}
+    measured = {"bare": Measured({"chat-32": Case(results=[result])}, first_token_s=[60.0])}
     monkeypatch.setattr(compare, "compare", lambda options, say: measured)
     monkeypatch.setattr(console, "stop_in_order", lambda: None)
     assert main(["--systems", "bare", "--workloads", "chat-32"]) == 1
+
+
+class StubSystem:
+    """A stub of a server: nothing runs, and `compare.send` answers for it."""
+
+    def __init__(self, name: str, starts: bool = True) -> None:
+        self.url, self._starts, self._up = name, starts, False
+
+    def start(self) -> None:
+        if not self._starts:
+            raise ServerError("it does not start here")
+        self._up = True
+
+    def stop(self) -> None:
+        self._up = False
+
+    def processes(self) -> list[psutil.Process]:
+        return [psutil.Process()] if self._up else []
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Load]:
+    """What is sent to stubs of servers, which answer all of it, and each load a second sooner than the one before."""
+    loads: list[Load] = []
+
+    def send(load: Load) -> Result:
+        loads.append(load)
+        number = load.clients * load.requests
+        return Result(wall_s=100.0 - len(loads), tokens=number * load.tokens, completed=number)
+
+    monkeypatch.setattr(compare, "system", lambda name, *_: StubSystem(name))
+    monkeypatch.setattr(compare, "make_model", lambda: Path("model"))
+    monkeypatch.setattr(compare, "words_for", lambda model, tokens: tokens)
+    monkeypatch.setattr(compare, "send", send)
+    monkeypatch.setattr(compare, "IDLE_S", 1e-3)
+    return loads
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("workloads", [("chat-32", "poisson-80"), ("poisson-80", "chat-32"), ("poisson-80",)])
+def test_arrivals_are_the_same_for_all_systems_and_in_all_rounds(
+    workloads: tuple[str, ...], in_turn: bool, sent: list[Load]
+) -> None:
+    options = Options(workloads=workloads, rounds=2, in_turn=in_turn)
+    measured = compare.compare(options, lambda line: None)
+    first = next(load for load in sent if load.tokens == 128)
+    assert (first.url, first.rate, first.clients) == ("bare", 0, 32), "what is 100% is asked first"
+    asked = [(load.url, load.rate) for load in sent if load.rate]
+    assert sorted(asked) == [(name, pytest.approx(0.8 * 96 / 97)) for name in ("bare", "bare", *["groundswell"] * 2)]
+    assert {len(each.first_token_s) for each in measured.values()} == {2 if in_turn else 1}
+    assert f"{'    arrivals/s':<32}{'0.79':>18}{'0.79':>18}" in table(options, measured)
+
+
+def test_a_capacity_that_is_given_is_not_asked_for(sent: list[Load]) -> None:
+    compare.compare(Options(workloads=("poisson-80",), rounds=1, capacity=10.0), lambda line: None)
+    assert [load.rate for load in sent if load.tokens == 128] == [8.0, 8.0]
 
 
 def test_every_workload_but_arrivals_says_how_many_clients() -> None:
