@@ -90,6 +90,22 @@ async def test_an_answer_without_text_has_no_time_to_its_first_token() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("said", "reason"), [(1, "1 tokens in place of 2"), (None, "the stream ended with")], ids=["short", "cut off"]
+)
+async def test_what_came_of_a_stream_that_is_not_whole_does_not_count(said: int | None, reason: str) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        lines = [json.dumps({"id": "1", "choices": [{"delta": {"content": "word"}}]})]
+        if said is not None:
+            lines += [json.dumps({"id": "1", "choices": [], "usage": {"completion_tokens": said}}), "[DONE]"]
+        return web.Response(text="".join(f"data: {line}\n\n" for line in lines))
+
+    result = await loaded(answer, Load("", "tiny", clients=1, requests=1, tokens=2))
+    assert (result.events, result.tokens, result.ttft_s, result.not_whole) == (0, 0, [], 1)
+    assert reason in next(iter(result.errors))
+
+
+@pytest.mark.asyncio
 async def test_arrivals_do_not_wait_for_answers_and_count_refusals() -> None:
     waiting, all_here = 0, asyncio.Event()
 

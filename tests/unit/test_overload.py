@@ -104,6 +104,7 @@ class StubServer:
         self.url, self.open, self.most = "", 0, 0
         self.refusal: dict[str, Any] = {"status": 429, "headers": {"retry-after": "2"}}
         self.error_in_stream = False
+        self.missing = 0
         self.key: str | None = None
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -116,11 +117,13 @@ class StubServer:
         try:
             response = web.StreamResponse(headers={"content-type": "text/event-stream"})
             await response.prepare(request)
-            for _ in range((await request.json())["max_tokens"]):
+            tokens = (await request.json())["max_tokens"] - self.missing
+            for _ in range(tokens):
                 await response.write(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n')
                 await asyncio.sleep(0.02)
             if self.error_in_stream:
                 await response.write(b'data: {"error":{"message":"All engines are busy."}}\n\n')
+            await response.write(b'data: {"id":"1","choices":[],"usage":{"completion_tokens":%d}}\n\n' % tokens)
             await response.write(b"data: [DONE]\n\n")
             return response
         finally:
@@ -185,6 +188,14 @@ async def test_a_refusal_in_a_stream_that_has_begun_is_none(stub: StubServer) ->
     async with aiohttp.ClientSession() as session:
         answer = await overload.send(session, stub.url, "tiny", 2, "seed")
     assert "a stream that had begun ended in" in str(answer.broken)
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_ends_before_its_last_token_is_broken(stub: StubServer) -> None:
+    stub.missing = 1
+    async with aiohttp.ClientSession() as session:
+        answer = await overload.send(session, stub.url, "tiny", 3, "seed")
+    assert answer == Answer(broken="RequestFailed: 2 tokens in place of 3")
 
 
 @pytest.mark.parametrize("stopped", [SystemExit(143), KeyboardInterrupt(), ServerError("gone")])
