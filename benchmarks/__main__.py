@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.plots is not None:
         for file in plots.draw(numbers, given.plots):
             print(file)
-    return 1 if any(case.failed for m in measured.values() for case in m.cases.values()) else 0
+    failed = any(case.failed for m in measured.values() for case in m.cases.values())
+    return 1 if failed or numbers["left_out"] else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -296,11 +296,13 @@ class _Run:
         begin = time.monotonic()
         try:
             server.start()
+            if refused := send(Load(server.url, MODEL_NAME, 1, 1, 1)).errors:
+                raise ServerError(f"it does not answer: {next(iter(refused))}")
         except ServerError as problem:
             self._out.add(name)
             self._say(f"{name} is left out: {problem}")
+            server.stop()
             return False
-        send(Load(server.url, MODEL_NAME, 1, 1, 1))
         self.measured[name].first_token_s.append(time.monotonic() - begin)
         self._say(f"{name}: first token after {time.monotonic() - begin:.0f} s")
         send(Load(server.url, MODEL_NAME, 32, 1, 32, seed=-1))  # warms caches, connections and code
@@ -399,7 +401,14 @@ def table(options: Options, measured: Mapping[str, Measured]) -> str:
             idle = m.idle_cores.get(process, 0.0)
             lines.append(f"    {process:<38}{cpu.get(process, 0.0):>12.3f}{megabytes:>12.0f}{idle:>8.3f}")
         lines.append(f"    {'all':<38}{sum(cpu.values()):>12.3f}{'':>12}{sum(m.idle_cores.values()):>8.3f}")
+    if missing := left_out(options, measured):
+        lines += ["", f"left out: {', '.join(missing)}"]
     return "\n".join(lines)
+
+
+def left_out(options: Options, measured: Mapping[str, Measured]) -> list[str]:
+    """Return the systems that were to be compared and did not start every time."""
+    return [name for name in options.systems if name not in measured]
 
 
 def as_json(options: Options, measured: Mapping[str, Measured]) -> dict[str, Any]:
@@ -413,4 +422,5 @@ def as_json(options: Options, measured: Mapping[str, Measured]) -> dict[str, Any
         }
         for name, m in measured.items()
     }
-    return {"benchmark": "compare", **asdict(options), "systems": systems}
+    missing = left_out(options, measured)
+    return {"benchmark": "compare", **asdict(options), "systems": systems, "left_out": missing}

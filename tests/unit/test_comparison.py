@@ -187,6 +187,24 @@ def test_arrivals_are_the_same_for_all_systems_and_in_all_rounds(
     assert f"{'    arrivals/s':<32}{'0.79':>18}{'0.79':>18}" in table(options, measured)
 
 
+@pytest.mark.parametrize("answers", [False, True], ids=["does not answer", "does not start"])
+def test_a_system_that_is_left_out_is_named_and_no_success(
+    answers: bool, sent: list[Load], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    send, bare = compare.send, StubSystem("bare", starts=not answers)
+
+    def fail(load: Load) -> Result:
+        return send(load) if load.url != "bare" else Result(errors={"RequestFailed: HTTP 503": 1})
+
+    monkeypatch.setattr(compare, "system", lambda name, *_: bare if name == "bare" else StubSystem(name))
+    monkeypatch.setattr(compare, "send", fail)
+    monkeypatch.setattr(console, "stop_in_order", lambda: None)
+    assert main(["--workloads", "chat-32", "--rounds", "1", "--json", str(tmp_path / "numbers.json")]) == 1
+    assert "left out: bare\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "numbers.json").read_text())["left_out"] == ["bare"]
+    assert bare.processes() == []
+
+
 def test_a_capacity_that_is_given_is_not_asked_for(sent: list[Load]) -> None:
     compare.compare(Options(workloads=("poisson-80",), rounds=1, capacity=10.0), lambda line: None)
     assert [load.rate for load in sent if load.tokens == 128] == [8.0, 8.0]
