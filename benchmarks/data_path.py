@@ -28,6 +28,7 @@ from benchmarks.compare import quantile, send
 from benchmarks.servers import MODEL_NAME, ROOT, BareVllm, EngineSettings, Groundswell, Server, ServerError, make_model
 from benchmarks.stubs.core import STEP_S
 from benchmarks.usage import Meter
+from deployments.config import MAX_NUM_SEQS
 
 CHANNEL: Final = 32, 128, 100
 """Streams, deltas of each, and how often."""
@@ -130,7 +131,7 @@ def settings(step_s: float) -> EngineSettings:
         "model": str(model),
         "served_model_name": MODEL_NAME,
         "max_model_len": 2048,
-        "max_num_seqs": 256,
+        "max_num_seqs": MAX_NUM_SEQS,
         "dtype": "float32",
     }
     return EngineSettings(args, {STEP_S: str(step_s)})

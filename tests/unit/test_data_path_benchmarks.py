@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import runpy
+import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,14 @@ import pytest
 pytest.importorskip("psutil")
 pytest.importorskip("vllm")
 
+import psutil
+
 from benchmarks import data_path, in_process, memory
 from benchmarks.client import Load, RequestFailed, Result
 from benchmarks.data_path import Numbers
+from benchmarks.stubs import __main__ as stubs
+from benchmarks.stubs import core
+from benchmarks.usage import Meter
 
 REFUSED = {"Rejected: HTTP 429": 3}
 TEXT = b'data: {"id":"1","choices":[{"delta":{"content":"a"}}]}\n\n'
@@ -31,6 +38,51 @@ def test_a_side_that_refuses_half_in_half_of_the_time_does_not_look_as_good_as_t
     assert rows["requests/s"] == ["3.0", "3.0", "1.00"]
     assert rows["requests not whole"] == ["0", "3"]
     assert Numbers([whole, half], [{}, {}]).as_json()["not_whole"] == 3
+
+
+def test_the_bare_server_writes_no_line_for_each_request_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(core, "install", lambda: None)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(runpy, "run_module", lambda *_, **__: ran.append(sys.argv))
+    stubs.main(["bare", "--port", "1"])
+    assert ran == [["api_server", "--port", "1", "--disable-uvicorn-access-log"]]
+
+
+class StubProcess:
+    """A stub of a process with that command, which holds so much memory and has used so much CPU."""
+
+    def __init__(self, command: str, rss: int, cpu_s: float = 0.0) -> None:
+        self.command, self.rss, self.cpu_s = command, rss, cpu_s
+
+    def cmdline(self) -> list[str]:
+        return self.command.split()
+
+    def memory_info(self) -> Any:
+        if not self.rss:
+            raise psutil.NoSuchProcess(1)
+        return SimpleNamespace(rss=self.rss)
+
+    def cpu_times(self) -> tuple[float, ...]:
+        return (self.cpu_s, 0.0, 0.0, 0.0)
+
+
+def test_memory_of_one_name_adds_up_at_each_moment_and_new_processes_are_seen() -> None:
+    first, second = (StubProcess("ray::ServeReplica:app:Engine", rss) for rss in (700, 100))
+    late = StubProcess("ray::IDLE", 30)
+    running: list[Any] = [first, second]
+    with Meter(lambda: running, interval_s=3600) as meter:
+        first.rss, second.rss = 200, 500  # together less than before
+        first.cpu_s = late.cpu_s = 2.0
+        running.append(late)
+    assert meter.peak_rss_bytes == {"Engine replica": 800, "ray IDLE": 30}
+    assert meter.cpu_s == {"Engine replica": 2.0, "ray IDLE": 2.0}
+
+
+def test_a_process_that_has_ended_takes_no_memory() -> None:
+    with Meter(lambda: [StubProcess("ray::IDLE", 0), StubProcess("ray::IDLE", 5)], interval_s=3600) as meter:  # type: ignore[list-item]
+        pass
+    assert meter.peak_rss_bytes == {"ray IDLE": 5}
 
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
