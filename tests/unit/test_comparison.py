@@ -6,9 +6,11 @@ import argparse
 import asyncio
 import json
 import subprocess
-from collections.abc import Awaitable, Callable
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ pytest.importorskip("psutil")
 import psutil
 from aiohttp import web
 
-from benchmarks import balanced, client, client_check, compare, console, plots
+from benchmarks import balanced, client, client_check, compare, console, plots, servers
 from benchmarks.__main__ import main
 from benchmarks.client import Load, Result
 from benchmarks.compare import SYSTEMS, WORKLOADS, Case, Measured, Options, as_json, system, table
@@ -84,16 +86,51 @@ def test_the_json_line_has_every_system_and_workload() -> None:
     assert numbers["systems"]["bare"]["first_token_s"] == [60.0]
 
 
+class Started:
+    """Stands in for `subprocess.Popen`: notes what is to be started, and starts nothing."""
+
+    pid = 0
+
+    def __init__(self, command: list[str], *, env: dict[str, str], **_: object) -> None:
+        self.command, self.environment = command, env
+
+
+def engines_of(name: str, started: Started, folder: Path) -> tuple[int, Mapping[str, Any], Mapping[str, str]]:
+    """Return how many engines a system is told to run, with what arguments, and in what environment."""
+    if name == "groundswell":
+        (app,) = json.loads((folder / "groundswell.yaml").read_text())["applications"]
+        (model,) = app["args"]["models"]
+        return model["deployment"]["num_replicas"], model["engine_args"], model["env"]
+    if name == "bare":
+        words, flags = started.command, [word for word in started.command if word.startswith("--")]
+        given = {key.replace("-", "_"): value for key, _, value in (flag[2:].partition("=") for flag in flags)}
+        replicas = int(words[words.index("benchmarks.balanced") + 2]) if "benchmarks.balanced" in words else 1
+        return replicas, {key: int(value) for key, value in given.items() if value.isdigit()}, started.environment
+    config = json.loads(started.command[4])
+    return config["deployment_config"]["num_replicas"], config["engine_kwargs"], config["runtime_env"]["env_vars"]
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_every_system_has_a_command_with_the_shared_engine_arguments(name: str, replicas: int, tmp_path: Path) -> None:
+def test_every_system_gets_as_many_engines_with_the_shared_arguments_and_environment(
+    name: str, replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared = EngineSettings(
-        {"model": "m", "served_model_name": "tiny", "max_model_len": 1234}, {"OMP_NUM_THREADS": "2"}
+        {"model": "m", "served_model_name": "tiny", "max_model_len": 1234, "max_num_seqs": 56}, {"OMP_NUM_THREADS": "2"}
     )
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(servers, "free_port", lambda: 8450)
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = system(name, shared, tmp_path, replicas)
-    said = " ".join(made.command(8450)) + "".join(path.read_text() for path in tmp_path.glob("*.yaml"))
-    assert "1234" in said
-    assert "8450" in said
+    monkeypatch.setattr(made, "is_ready", lambda: True)
+    made.start()
+    started: Any = made._process
+    engines, arguments, environment = engines_of(name, started, tmp_path)
+    assert engines == replicas
+    assert (arguments["max_model_len"], arguments["max_num_seqs"]) == (1234, 56)
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert "8450" in " ".join(started.command)
 
 
 async def loaded(handler: Callable[[web.Request], Awaitable[web.StreamResponse]], load: Load) -> Result:
