@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments import cli
 from deployments.retrieval import backup
 from deployments.retrieval.backup import BackupFailed, back_up, newest
 from deployments.retrieval.records import Attachment, PageRequest
@@ -24,6 +25,28 @@ async def test_a_copy_has_files_stores_chunks_and_bytes(tmp_path: Path) -> None:
         assert await new.text(store_id, first) == "the tide comes in"
         assert await new.catalog.read_file(None, second, 0, 100) == b"the tide goes out"
         assert {hit.file_id for hit in await new.searcher.search(None, [store_id], ["tide"])} == {first, second}
+
+
+def test_the_command_copies_and_says_in_one_sentence_why_it_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def filled() -> str:
+        async with house(tmp_path / "old") as old:
+            return await old.upload("the tide comes in")
+
+    async def copied(file_id: str) -> bytes:
+        async with house(tmp_path / "new") as new:
+            return await new.catalog.read_file(None, file_id, 0, 100)
+
+    file_id = asyncio.run(filled())
+    command = ["backup", str(tmp_path / "old"), str(tmp_path / "new")]
+    assert cli.main(command) == 0
+    assert asyncio.run(copied(file_id)) == b"the tide comes in"
+    capsys.readouterr()
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("groundswell: ") and "something at" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.asyncio
