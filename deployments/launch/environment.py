@@ -100,6 +100,8 @@ def defaults(run_folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_folder / "server-state"),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(run_folder / "haproxy-on-loopback"),
+        # Sockets between an engine's processes. One that is killed leaves them, and nobody empties the temp folder.
+        "VLLM_RPC_BASE_PATH": str(run_folder),
         # Ports that are the same for every Ray on a machine unless somebody moves them.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port(preferred=9101)),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port(preferred=8404)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from deployments.launch.environment import RUN_ID
-from deployments.launch.processes import members
+from deployments.launch.processes import PR_SET_PDEATHSIG, Registry, members
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(os.environ.get("GROUNDSWELL_TEST_CONFIG", ROOT / "serve_config.yaml"))
@@ -87,6 +88,7 @@ def serving(config: Path, state: Path) -> Iterator[Served]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=_end_with_parent,
     )
     served = Served(process, port)
     threading.Thread(target=served.read, daemon=True).start()
@@ -102,6 +104,14 @@ def serving(config: Path, state: Path) -> Iterator[Served]:
             process.wait(STOP_LIMIT_S)
         finally:
             process.kill()
+            process.wait()
+            # It has ended its run, unless it was killed. The next start would, and it looks at another state's runs.
+            Registry(state / "groundswell" / "runs").clean_up()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel ask it to stop when these tests end without doing so. Runs between fork and exec."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wait_for(condition: Callable[[], object], what: str, limit_s: float = 90) -> None:

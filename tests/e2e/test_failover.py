@@ -6,47 +6,28 @@ Two replicas, one Router, greedy decoding in float32. `make chaos` does the same
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import psutil
 import pytest
 import requests
 import yaml
 
+from benchmarks import chaos
 from benchmarks.replicas import cores, engines, workers
 from deployments.launch.processes import is_alive
 from models import tiny_random
+from tests.e2e.greedy import TOKENS, Answer, assert_undisturbed, plain, stream, until_begun
 from tests.e2e.serving import ROOT, Served, serving, wait_for
 
 LIMIT_S = 240
 STREAMS = 6
-TOKENS = 200
-BEGUN = 20
 PROMPTS = [f"{number} boats lie in the harbour and wait for the wind" for number in range(STREAMS + 1)]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a client must get, however it gets it."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str | None
-    usage: dict[str, int]
-
-
-def body(prompt: str, stream: bool) -> dict[str, Any]:
-    asked: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-    asked |= {"ignore_eos": True, "stream": stream, "return_token_ids": True}
-    return asked | ({"stream_options": {"include_usage": True}} if stream else {})
 
 
 class Fleet:
@@ -56,49 +37,20 @@ class Fleet:
         self.served = served
         self.url = f"http://127.0.0.1:{served.port}"
 
-    def stream(self, prompt: str, begun: Event) -> Answer:
-        """Read a stream to its end; set `begun` after some tokens."""
-        text, tokens, reason, usage = "", [], None, {}
-        with requests.post(
-            f"{self.url}/v1/completions", json=body(prompt, True), stream=True, timeout=LIMIT_S
-        ) as answer:
-            assert answer.status_code == 200
-            last = ""
-            for line in answer.iter_lines():
-                if not line.startswith(b"data: "):
-                    continue
-                last = line.removeprefix(b"data: ").decode()
-                if last == "[DONE]":
-                    break
-                event = json.loads(last)
-                assert "error" not in event, event
-                usage = event.get("usage") or usage
-                for choice in event["choices"]:
-                    text += choice["text"]
-                    tokens += choice.get("token_ids") or []
-                    reason = choice["finish_reason"] or reason
-                if len(tokens) >= BEGUN:
-                    begun.set()
-            assert last == "[DONE]"
-        return Answer(text, tuple(tokens), reason, counted(usage))
-
-    def plain(self, prompt: str) -> Answer:
-        answer = requests.post(f"{self.url}/v1/completions", json=body(prompt, False), timeout=LIMIT_S).json()
-        (choice,) = answer["choices"]
-        return Answer(choice["text"], tuple(choice["token_ids"]), choice["finish_reason"], counted(answer["usage"]))
-
     def answers(self, then: Callable[[], None] = lambda: None) -> list[Answer]:
         """Ask all prompts at once, the last one without streaming; call `then` once all streams have begun."""
         begun = [Event() for _ in PROMPTS[:-1]]
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
-            asked: list[Future[Answer]] = [
-                pool.submit(self.stream, prompt, event) for prompt, event in zip(PROMPTS[:-1], begun, strict=True)
-            ]
-            asked.append(pool.submit(self.plain, PROMPTS[-1]))
-            for event in begun:
-                assert event.wait(LIMIT_S)
+            streams = [pool.submit(stream, self.url, *each) for each in zip(PROMPTS[:-1], begun, strict=True)]
+            last = pool.submit(plain, self.url, PROMPTS[-1])
+            for event, answer in zip(begun, streams, strict=True):
+                until_begun(event, answer)
             then()
-            return [answer.result() for answer in asked]
+            return [answer.result() for answer in [*streams, last]]
+
+    def moved(self) -> int:
+        """Return how many requests the Router has continued or restarted at another engine."""
+        return sum(chaos.counts(requests.get(f"{self.url}/metrics", timeout=30).text).values())
 
     def wait_for_both(self) -> None:
         def both() -> bool:
@@ -106,10 +58,6 @@ class Fleet:
             return bool(known == 2 == len(engines(self.served.run_id)) == len(cores(self.served.run_id)))
 
         wait_for(both, "both engines are there", LIMIT_S)
-
-
-def counted(usage: dict[str, Any]) -> dict[str, int]:
-    return {key: usage[key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +108,10 @@ def test_an_engine_that_is_lost_in_mid_answer_costs_nobody_a_token(
     fleet: Fleet, undisturbed: list[Answer], victims: Callable[[str], list[psutil.Process]], by: signal.Signals
 ) -> None:
     fleet.wait_for_both()
-    hit = victims(fleet.served.run_id)[0]
+    hit, moved = victims(fleet.served.run_id)[0], fleet.moved()
     try:
-        assert fleet.answers(then=lambda: hit.send_signal(by)) == undisturbed
+        assert_undisturbed(fleet.url, PROMPTS, fleet.answers(then=lambda: hit.send_signal(by)), undisturbed)
+        wait_for(lambda: fleet.moved() > moved, "an answer was on that engine")
     finally:
         if by == signal.SIGSTOP:
             with contextlib.suppress(psutil.NoSuchProcess):  # Serve may have replaced it by now

@@ -5,11 +5,13 @@ The tiny model cites nobody by itself. Where a citation matters, structured outp
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -23,6 +25,7 @@ from deployments.grounding.layout import Passage, lay_out
 from models import tiny_random
 from tests.collector import Collector, over_grpc
 from tests.e2e.serving import ROOT, Served, serving, wait_for
+from tests.unit.house import house
 
 MODEL = "tiny"
 RESTARTS_WITHIN_S = 240
@@ -41,6 +44,13 @@ def collector() -> Iterator[Collector]:
         yield made
 
 
+async def made_before(documents: Path) -> str:
+    """Return the id of a store that is there before the app is: an assistant's is named in the configuration."""
+    async with house(documents) as earlier:
+        store_id, _ = await earlier.store_of(TIDES)
+        return store_id
+
+
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("grounded")
@@ -56,7 +66,10 @@ def app(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Itera
     }
     args = {
         "models": [model],
-        "assistants": [{"name": "handbook", "model": MODEL, "vector_store_ids": ["vs_gone"]}],
+        "assistants": [
+            {"name": "handbook", "model": MODEL, "vector_store_ids": [asyncio.run(made_before(folder / "store"))]},
+            {"name": "lost", "model": MODEL, "vector_store_ids": ["vs_gone"]},
+        ],
         "router": {"deployment": {"num_replicas": 2}},
         "documents": {"uri": str(folder / "store"), "retriever": {"num_replicas": 2}},
         "grounding": {"search_timeout_s": 10},
@@ -247,10 +260,14 @@ def test_a_wrong_tool_is_a_400(client: openai.OpenAI, store: str, ask: Ask, wron
         ask(client, store, tools=[tool(store) | wrong])
 
 
-def test_an_assistant_is_listed_and_searches_its_stores(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list().data] == [MODEL, "handbook"]
+def test_an_assistant_is_listed_and_answers_from_its_own_store(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list().data] == [MODEL, "handbook", "lost"]
+    answer: Any = client.chat.completions.create(model="handbook", messages=QUESTION, max_tokens=8)
+    assert (answer.model, answer.usage.completion_tokens > 0) == ("handbook", True)
+    (search,) = answer.choices[0].message.provider_specific_fields["search_results"]
+    assert [found["filename"] for found in search["data"]] == ["a.txt"]
     with pytest.raises(openai.NotFoundError, match="vs_gone"):
-        client.chat.completions.create(model="handbook", messages=QUESTION)
+        client.chat.completions.create(model="lost", messages=QUESTION)
 
 
 def test_many_clients_at_once_each_get_their_own_answer(base: str, store: str) -> None:

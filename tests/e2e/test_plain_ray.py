@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import requests
 import yaml
 
+from deployments.launch import processes
+from deployments.launch.environment import RUN_ID
 from tests.e2e.serving import CONFIG, ROOT, START_LIMIT_S, free_port
 
 SHUTDOWN_LIMIT_S = 120
@@ -29,6 +32,8 @@ def port(tmp_path: Path) -> Iterator[int]:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    # By these its processes are found again. Ray starts some in sessions of their own.
+    environment |= {RUN_ID: secrets.token_hex(8), "SPT_NOENV": "1"}
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("serve")), "run", str(path)],
@@ -46,8 +51,8 @@ def port(tmp_path: Path) -> Iterator[int]:
         try:
             process.wait(SHUTDOWN_LIMIT_S)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            processes.stop(environment[RUN_ID])
+            process.wait()
             print((tmp_path / "log").read_text()[-4000:])
 
 

@@ -14,7 +14,6 @@ from threading import Event
 from typing import Any
 
 import psutil
-import requests
 
 from benchmarks import chaos
 from tests.e2e.serving import ROOT, wait_for
@@ -103,7 +102,7 @@ def changed(stubs: Stubs, deployment: dict[str, Any], token_s: float) -> dict[st
 
 def recovered(stubs: Stubs) -> int:
     """Return how many requests Routers have continued or restarted."""
-    return sum(chaos.counts(requests.get(f"{stubs.url}/metrics", timeout=LIMIT_S).text).values())
+    return sum(chaos.counts(stubs.get("/metrics").text).values())
 
 
 def test_a_new_configuration_under_load_loses_nothing(stubs: Stubs) -> None:

@@ -75,6 +75,13 @@ class Leaps:
             await asyncio.sleep(0)
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Let others run until `condition` holds, for what tells nobody when it does."""
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
 @contextmanager
 def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Serve on a free port of loopback; yield the URL."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments import cli
 from deployments.retrieval import backup
 from deployments.retrieval.backup import BackupFailed, back_up, newest
 from deployments.retrieval.records import Attachment, PageRequest
@@ -26,12 +27,34 @@ async def test_a_copy_has_files_stores_chunks_and_bytes(tmp_path: Path) -> None:
         assert {hit.file_id for hit in await new.searcher.search(None, [store_id], ["tide"])} == {first, second}
 
 
+def test_the_command_copies_and_says_in_one_sentence_why_it_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def filled() -> str:
+        async with house(tmp_path / "old") as old:
+            return await old.upload("the tide comes in")
+
+    async def copied(file_id: str) -> bytes:
+        async with house(tmp_path / "new") as new:
+            return await new.catalog.read_file(None, file_id, 0, 100)
+
+    file_id = asyncio.run(filled())
+    command = ["backup", str(tmp_path / "old"), str(tmp_path / "new")]
+    assert cli.main(command) == 0
+    assert asyncio.run(copied(file_id)) == b"the tide comes in"
+    capsys.readouterr()
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("groundswell: ") and "something at" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.asyncio
 async def test_what_is_completed_in_a_copy_is_whole_though_something_is_written_between_any_two_looks_at_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, files, written = asyncio.get_running_loop(), backup.Place.files, 0
-    async with house(tmp_path / "old", compact_after_s=0.05, keep_versions_s=1) as old:
+    async with house(tmp_path / "old", compact_after_s=0.05, keep_versions_s=60) as old:
         store_id, before = await old.store_of(*(f"wave {i}" for i in range(5)))
 
         async def write() -> None:

@@ -17,7 +17,7 @@ from deployments import messages as m
 from deployments.config import FleetConfig
 from deployments.fleet import channel
 from deployments.fleet.channel import ChannelError, EngineEnd, Frames, Link, RouterEnd
-from tests.unit.recording import LIMIT_S, Clock, Recorder
+from tests.unit.recording import LIMIT_S, Clock, Recorder, until
 
 pytestmark = pytest.mark.asyncio
 LOOPBACK = "127.0.0.1"
@@ -139,8 +139,7 @@ async def test_an_engine_that_knows_the_secret_is_welcomed(ends: Ends) -> None:
 async def test_a_link_that_fails_as_it_is_welcomed_is_not_handed_out(ends: Ends) -> None:
     router, engine = ends.router(), ends.engine()
     linking = asyncio.create_task(engine.link(router.address))
-    while not engine._links:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: engine._links)
     (link,) = engine._links.values()
     link.welcome.add_done_callback(lambda _: link.fail("its buffer is full"))
     with pytest.raises(ChannelError, match="lost as soon"):

@@ -251,6 +251,20 @@ class TestEnvironment:
         assert "RAY_AUTH_TOKEN" not in result
         assert result["PYTHONPATH"] == os.pathsep.join(["/config", "/p"])
 
+    def test_an_engines_sockets_lie_in_the_runs_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.utils.network_utils import get_open_zmq_ipc_path
+
+        run = processes.new_run("sockets")
+        try:
+            for name, value in environment.defaults(Path(run.folder)).items():
+                monkeypatch.setenv(name, value)
+            path = Path(get_open_zmq_ipc_path().removeprefix("ipc://"))
+            assert path.parent == Path(run.folder)
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(str(path))  # a path that is too long could not be
+        finally:
+            processes.remove_folder(run)
+
     def test_a_cluster_and_one_machine_share_what_is_right_for_both(self, tmp_path: Path) -> None:
         cluster, here = environment.on_a_cluster(tmp_path), environment.for_run("id", tmp_path, tmp_path, {})
         shared = environment.everywhere()

@@ -28,7 +28,7 @@ from deployments.seam import continuation
 from deployments.seam.args import frontend_config, parse_args
 from deployments.seam.engine_client import FleetClient, PublicHTTPError, RequestSubmission
 from models import tiny_random
-from tests.unit.recording import LIMIT_S, Leaps
+from tests.unit.recording import LIMIT_S, Leaps, until
 from tests.unit.scripted_fleet import StubReservation
 
 pytestmark = pytest.mark.asyncio
@@ -380,8 +380,7 @@ async def test_at_its_deadline_a_generation_ends_in_an_error_of_its_own_api(
     with request_scope.request_scope(deadline=(moment, RequestTimeout("Too late."))):
         submission, collecting = await stage.ask(sampling(), outputs)
         submission.deliver(EngineCoreOutput("0", [1000]), None)
-        while not outputs:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: outputs)
         await leaps.over(500)
         assert not collecting.done()
         await leaps.over(100)

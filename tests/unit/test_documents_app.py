@@ -47,6 +47,13 @@ def test_the_indexer_is_one_also_while_it_is_replaced(models: list[dict[str, Any
     assert bound(retriever)[1:] == (indexer, engines["embedder"], None, None)
 
 
+def test_the_rerank_model_is_the_retrievers(models: list[dict[str, Any]]) -> None:
+    config = {"models": models, "documents": {"uri": "store", "rerank_model": "embedder"}}
+    _, engines, (indexer, retriever) = bound(assemble(AppConfig.parse(config), StubEngine))
+    assert bound(retriever)[1:] == (indexer, None, engines["embedder"], None)
+    assert bound(indexer)[2] is None
+
+
 def test_the_retriever_can_be_scaled_and_the_indexer_cannot(models: list[dict[str, Any]]) -> None:
     documents: dict[str, Any] = {
         "uri": "store",

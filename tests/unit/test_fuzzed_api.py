@@ -37,7 +37,7 @@ from deployments.access.gate import Gate
 from deployments.access.keys import KeyEntry, Keys, hash_of
 from deployments.config import DocumentsConfig, GroundingConfig
 from deployments.dispatch import App, Dispatcher
-from deployments.errors import Overloaded
+from deployments.errors import OPAQUE, Overloaded
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.metrics import NoMetrics
 from deployments.retrieval import api
@@ -64,6 +64,8 @@ WORKING: dict[str, Any] = {
 }
 """Requests that are answered with 200."""
 
+ROUTER, VLLM = "ray.serve.groundswell.router", "vllm"
+"""Who logs that requests failed. vLLM does for bad requests too."""
 KNOWN_DEFECTS = {
     "_construct_message_from_response_item": "an output message without content has no first item (IndexError)",
 }
@@ -95,10 +97,10 @@ class Server:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._stack = AsyncExitStack()
-        self.failures: list[str] = []
-        """In which functions requests have failed that were answered with 500."""
-        self._handler = _Failures(self.failures)
-        logging.getLogger("ray.serve.groundswell.router").addHandler(self._handler)
+        self._failures: dict[str, list[str]] = {name: [] for name in (ROUTER, VLLM)}
+        self._handlers = {name: _Failures(into) for name, into in self._failures.items()}
+        for name, handler in self._handlers.items():
+            logging.getLogger(name).addHandler(handler)
         self.run(self._start(folder))
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -142,8 +144,15 @@ class Server:
         answer: httpx.Response = self.run(asked())
         return answer
 
+    def failures(self, logger: str) -> list[str]:
+        """Return in which functions requests have failed since this was asked, as `logger` tells."""
+        taken = list(self._failures[logger])
+        self._failures[logger].clear()
+        return taken
+
     def close(self) -> None:
-        logging.getLogger("ray.serve.groundswell.router").removeHandler(self._handler)
+        for name, handler in self._handlers.items():
+            logging.getLogger(name).removeHandler(handler)
         self.run(self.http.aclose())
         self.run(self._stack.aclose())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -169,11 +178,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def check(server: Server, answer: httpx.Response) -> None:
     """Hold an answer to what every answer must be."""
+    failed_in, said_by_vllm = server.failures(ROUTER), server.failures(VLLM)
     if answer.status_code == 500:
-        assert answer.json()["error"]["message"] == "The server had an internal error."
-        failed_in = server.failures.pop()
-        assert failed_in in KNOWN_DEFECTS, failed_in
+        assert answer.json()["error"]["message"] == OPAQUE
+        assert failed_in and set(failed_in) <= KNOWN_DEFECTS.keys(), failed_in
         return
+    assert failed_in == [], answer.text
+    if answer.headers.get("content-type", "").startswith("text/event-stream"):
+        assert OPAQUE not in answer.text, said_by_vllm  # the 500 of what has begun
     assert answer.status_code < 500 or answer.status_code in (501, 503), answer.text
     assert "Traceback" not in answer.text and "site-packages/" not in answer.text
     if answer.status_code >= 400:
@@ -417,3 +429,15 @@ def test_the_defects_that_are_known_are_there_still(server: Server) -> None:
     answer = server.ask("POST", "/v1/responses", json=body, headers={"authorization": f"Bearer {KEY}"})
     assert answer.status_code == 500
     check(server, answer)
+
+
+def test_a_crash_in_mid_stream_would_be_seen(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("vllm.entrypoints.openai.completion.serving.CompletionStreamResponse", fails)
+    body = WORKING["/v1/completions"] | {"stream": True}
+    answer = server.ask("POST", "/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"})
+    assert answer.status_code == 200
+    with pytest.raises(AssertionError, match="fails"):
+        check(server, answer)

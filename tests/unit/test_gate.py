@@ -14,7 +14,7 @@ from deployments import request_scope
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyEntry, Keys, hash_of
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
-from tests.unit.recording import LIMIT_S, Clock, Recorder
+from tests.unit.recording import LIMIT_S, Clock, Recorder, until
 
 pytestmark = pytest.mark.asyncio
 CHAT = "/v1/chat/completions"
@@ -218,8 +218,7 @@ async def test_open_streams_count_until_they_end() -> None:
     house = House(max_concurrent_requests=1)
     house.app.go_on.clear()
     streaming = asyncio.create_task(house.ask(ANN))
-    while not house.app.scopes:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: house.app.scopes)
     assert (await house.ask(ANN))[0] == 429
     house.app.go_on.set()
     await streaming
@@ -230,8 +229,7 @@ async def test_a_request_that_fails_or_is_cancelled_is_over() -> None:
     house = House(max_concurrent_requests=1)
     house.app.go_on.clear()
     streaming = asyncio.create_task(house.ask(ANN))
-    while not house.app.scopes:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: house.app.scopes)
     streaming.cancel()
     await asyncio.wait({streaming})
     house.app.go_on.set()

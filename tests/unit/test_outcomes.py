@@ -12,6 +12,7 @@ import pytest
 from deployments.errors import BadRequest, DocumentsUnavailable, NotFound, Overloaded, PublicError
 from deployments.outcomes import Refusal, outcome_of, value_of
 from deployments.serve_calls import Calls, PoolingCalls
+from tests.unit.recording import until
 
 pytestmark = pytest.mark.asyncio
 
@@ -128,8 +129,7 @@ async def test_a_deployment_that_is_down_is_a_503_and_a_full_one_a_429() -> None
 async def test_a_caller_that_goes_away_cancels_its_call() -> None:
     handle: Any = StubHandle(lambda: asyncio.sleep(60))
     task = asyncio.ensure_future(calls(handle).file("me", "file-1"))
-    while not handle.responses:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: handle.responses)
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -15,7 +15,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID
 from deployments.fleet.client import Ticket
 from deployments.fleet.placement import Ledger
 from deployments.fleet.request_router import FleetRequestRouter
-from tests.unit.recording import LIMIT_S
+from tests.unit.recording import LIMIT_S, until
 
 DEPLOYMENT = DeploymentID(name="Engine", app_name="app")
 ROOM = 2
@@ -53,8 +53,8 @@ async def router_of(*replicas: FakeReplica) -> FleetRequestRouter:
     )
     router.initialize_state()
     router.update_replicas(list(replicas))  # type: ignore[arg-type]
-    while any(router.replica_queue_len_cache.get(replica.replica_id) is None for replica in replicas):  # noqa: ASYNC110
-        await asyncio.sleep(0)  # Serve asks each new one, once
+    # Serve asks each new one, once.
+    await until(lambda: all(router.replica_queue_len_cache.get(r.replica_id) is not None for r in replicas))
     for replica in replicas:
         replica.asked = 0
         router.replica_queue_len_cache.invalidate_key(replica.replica_id)
@@ -85,8 +85,7 @@ async def test_a_replica_that_refused_is_asked_again_until_it_has_room() -> None
     router = await router_of(replica)
     router.on_new_queue_len_info(replica.replica_id, ROOM)
     choice = asyncio.create_task(choose(router))
-    while not replica.asked:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: replica.asked)
     assert not choice.done()
     replica.ongoing = ROOM - 1
     assert await choice == "a"
@@ -127,12 +126,10 @@ async def test_those_that_wait_for_an_engine_get_it_in_their_order_and_else_as_t
         served.append(name)
 
     waiting = [asyncio.create_task(wait(name, order)) for name, order in orders.items()]
-    while router.num_pending_requests < len(waiting):  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: router.num_pending_requests >= len(waiting))
     for count in range(1, len(waiting) + 1):
         router._fulfill_next_pending_request(replica)  # type: ignore[arg-type]
-        while len(served) < count:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda count=count: len(served) >= count)
     assert served == ["urgent", "greedy 1", "polite", "same", "greedy 2"]
     await asyncio.gather(*waiting)
 

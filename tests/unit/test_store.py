@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -202,18 +203,16 @@ async def test_a_store_that_goes_while_it_is_searched_is_gone_not_broken(writer:
 
 
 READER = """
-import asyncio, sys
+import asyncio, json, sys
 from deployments.retrieval.reader import Reader
 
 async def main():
     reader = await Reader.open(sys.argv[1], {}, cache_bytes=2**24)
     for line in sys.stdin:
-        file = await reader.file(None, line.strip())
-        try:
-            found = await reader.by_words("vs_1", line.strip(), None, 5)
-        except Exception as error:
-            found = [repr(error)]
-        print(file is not None, len(found), flush=True)
+        name, word = line.split()
+        record = await reader.file(None, name)
+        found = await reader.by_words("vs_1", word, None, 5)
+        print(json.dumps([record is not None, [chunk.file_id for chunk in found]]), flush=True)
 
 asyncio.run(main())
 """
@@ -237,11 +236,11 @@ async def test_what_is_committed_is_found_at_once_in_every_process(writer: Write
         for process in readers:
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(f"{name}\n".encode())
-            assert (await process.stdout.readline()).split()[0] == b"True"
+            process.stdin.write(f"{name} token{number}\n".encode())
+            assert json.loads(await process.stdout.readline() or "null") == [True, [name]]
     for process in readers:
         process.stdin.close()  # type: ignore[union-attr]
-        await process.wait()
+        assert await process.wait() == 0
 
 
 async def test_a_new_writer_fences_the_old_one(tmp_path: Path, writer: Writer, reader: Reader) -> None:

@@ -19,6 +19,7 @@ from tests.unit.recording import LIMIT_S, Leaps
 
 pytestmark = pytest.mark.asyncio
 PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
+DEADLINE_S = 600
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
@@ -27,6 +28,7 @@ class StubApp:
 
     def __init__(self, *messages: Message, ends: bool = False) -> None:
         self.messages, self.ends = messages, ends
+        self.sent_all = asyncio.Event()
         self.ended: str | None = None
         self.deadline: Any = None
 
@@ -37,6 +39,7 @@ class StubApp:
         try:
             for message in self.messages:
                 await send(message)
+            self.sent_all.set()
             if not self.ends:
                 await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -80,44 +83,64 @@ async def ask(
     return sent[0]["status"], answer_headers, b"".join(message.get("body", b"") for message in sent[1:])
 
 
-@pytest.mark.parametrize("limits", [{"headers": [(HEADER, b"0.05")]}, {"request_timeout_s": 0.05}])
-async def test_before_the_first_byte_a_deadline_is_an_error_in_openais_shape(limits: dict[str, Any]) -> None:
+async def ask_and_leap(app: StubApp, leaps: Leaps, *args: Any, **limits: Any) -> tuple[int, dict[str, str], bytes]:
+    """Ask, and leap over the deadline once the app has sent what it has to send."""
+    asking = asyncio.create_task(ask(app, *args, limit_s=10_000, **limits))
+    async with asyncio.timeout(LIMIT_S):
+        await app.sent_all.wait()
+    await leaps.over(DEADLINE_S)
+    async with asyncio.timeout(LIMIT_S):
+        return await asking
+
+
+@pytest.fixture
+def leaps(monkeypatch: pytest.MonkeyPatch) -> Leaps:
+    return Leaps(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"headers": [(HEADER, b"%d" % DEADLINE_S)]}, {"request_timeout_s": DEADLINE_S}], ids=["header", "config"]
+)
+async def test_before_the_first_byte_a_deadline_is_an_error_in_openais_shape(
+    leaps: Leaps, limits: dict[str, Any]
+) -> None:
     app = StubApp()
-    status, headers, body = await ask(app, **limits)
+    status, headers, body = await ask_and_leap(app, leaps, **limits)
     assert (status, app.ended) == (408, "cancelled")
     assert headers["x-should-retry"] == "false"
     error = json.loads(body)["error"]
     assert (error["type"], error["code"]) == ("timeout_error", "request_timeout")
-    assert "0.05 s" in error["message"]
+    assert "600 s" in error["message"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_in_a_stream_a_deadline_is_its_last_event(path: str) -> None:
+async def test_in_a_stream_a_deadline_is_its_last_event(leaps: Leaps, path: str) -> None:
     app = StubApp(
         {"type": "http.response.start", "status": 200, "headers": SSE},
         {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
     )
-    status, _, body = await ask(app, path, request_timeout_s=0.05)
+    status, _, body = await ask_and_leap(app, leaps, path, request_timeout_s=DEADLINE_S)
     assert (status, app.ended) == (200, "cancelled")
     events = body.decode().split("\n\n")
     assert events[0] == "data: {}"
-    assert "was not finished within 0.05 s" in events[1]
+    assert "was not finished within 600 s" in events[1]
     assert events[2] == ("data: [DONE]" if path == PATHS[0] else "")
 
 
-async def test_an_answer_that_is_complete_gets_no_error_after_it() -> None:
+async def test_an_answer_that_is_complete_gets_no_error_after_it(leaps: Leaps) -> None:
     app = StubApp(
         {"type": "http.response.start", "status": 200, "headers": SSE},
         {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False},
     )
-    assert (await ask(app, request_timeout_s=0.05))[2] == b"data: [DONE]\n\n"
+    _, _, body = await ask_and_leap(app, leaps, request_timeout_s=DEADLINE_S)
+    assert (body, app.ended) == (b"data: [DONE]\n\n", "cancelled")
 
 
-async def test_who_can_end_a_request_in_its_own_words_is_told_when_before_it_is_cancelled() -> None:
+async def test_who_can_end_a_request_in_its_own_words_is_told_when_before_it_is_cancelled(leaps: Leaps) -> None:
     app = StubApp()
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    await ask(app, request_timeout_s=0.1)
+    await ask_and_leap(app, leaps, request_timeout_s=DEADLINE_S)
     moment, error = app.deadline
     assert begun < moment < loop.time()
     assert isinstance(error, RequestTimeout)
@@ -172,8 +195,7 @@ async def test_a_client_that_does_not_read_its_socket_is_cut_off() -> None:
     assert (app.ended, counted) == ("cancelled", [(PATHS[0], 499)])
 
 
-async def test_a_slow_client_that_reads_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaps = Leaps(monkeypatch)
+async def test_a_slow_client_that_reads_is_not_cut_off(leaps: Leaps) -> None:
     body = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True}
     app = StubApp({"type": "http.response.start", "status": 200, "headers": SSE}, *[body] * 12, ends=True)
 

@@ -75,6 +75,7 @@ class Cluster:
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "VLLM_RPC_BASE_PATH": str(folder),
         }
         return inherited | own
 

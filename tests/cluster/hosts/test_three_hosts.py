@@ -7,26 +7,20 @@ prompt is computed in other shapes than single tokens, and may part from the oth
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
-from typing import Any
 
 import pytest
 import requests
 
-from benchmarks.chaos import TIE_NATS, likelier
 from tests.cluster.hosts import cluster, machines
 from tests.cluster.hosts.cluster import Cluster
+from tests.e2e.greedy import LIMIT_S, TOKENS, Answer, assert_undisturbed, stream, until_begun
 from tests.e2e.serving import wait_for
 
-LIMIT_S = 480
-TOKENS = 200
-BEGUN = 20
 PROMPTS = [f"{number} boats lie in the harbour and wait for the wind" for number in range(6)]
 LATE = [f"{number} birds sit on the wall and look at the boats" for number in range(4)]
 """Asked when an engine has been lost and nobody knows it yet."""
@@ -34,16 +28,6 @@ IN_A_ROW = 8
 
 why_not = machines.missing() or cluster.missing()
 pytestmark = pytest.mark.skipif(why_not is not None, reason=f"no hosts on this machine: {why_not}")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a client must get, however it gets it."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str | None
-    pause_s: float = field(default=0, compare=False)
 
 
 class Clients:
@@ -58,30 +42,7 @@ class Clients:
 
     def stream(self, host: str, prompt: str, begun: Event | None = None) -> Answer:
         """Read a stream that comes in at `host` to its end; set `begun` after some tokens."""
-        body: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-        body |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
-        text, tokens, reason, last = "", [], None, ""
-        heard, pause_s = time.monotonic(), 0.0
-        url = f"{self.cluster.url(host)}/v1/completions"
-        with requests.post(url, json=body, headers=self.headers, stream=True, timeout=LIMIT_S) as answer:
-            assert answer.status_code == 200, answer.text
-            for line in answer.iter_lines():
-                if not line.startswith(b"data: "):
-                    continue
-                heard, pause_s = time.monotonic(), max(pause_s, time.monotonic() - heard)
-                last = line.removeprefix(b"data: ").decode()
-                if last == "[DONE]":
-                    break
-                event = json.loads(last)
-                assert "error" not in event, event
-                for choice in event["choices"]:
-                    text += choice["text"]
-                    tokens += choice.get("token_ids") or []
-                    reason = choice["finish_reason"] or reason
-                if begun is not None and len(tokens) >= BEGUN:
-                    begun.set()
-        assert last == "[DONE]"
-        return Answer(text, tuple(tokens), reason, pause_s)
+        return stream(self.cluster.url(host), prompt, begun, headers=self.headers)
 
     def answers(self, at: Sequence[str], then: Callable[[], None] = lambda: None) -> list[Answer]:
         """Ask all prompts at once, at these hosts in turn; once they have begun call `then`, and ask the late ones."""
@@ -89,7 +50,7 @@ class Clients:
         with ThreadPoolExecutor(len(PROMPTS) + len(LATE)) as pool:
             asked = [pool.submit(self.stream, at[i % len(at)], PROMPTS[i], begun[i]) for i in range(len(PROMPTS))]
             for event, answer in zip(begun, asked, strict=True):
-                _until_begun(event, answer)
+                until_begun(event, answer)
             then()
             asked += [pool.submit(self.stream, at[i % len(at)], LATE[i]) for i in range(len(LATE))]
             return [answer.result() for answer in asked]
@@ -99,30 +60,9 @@ class Clients:
     ) -> list[Answer]:
         """Ask all prompts, and assert that the answers are the undisturbed ones, or part from them at a tie."""
         answers = self.answers(at, then)
-        for prompt, answer, expected in zip([*PROMPTS, *LATE], answers, undisturbed, strict=True):
-            if answer == expected:
-                continue
-            assert (len(answer.tokens), answer.finish_reason) == (len(expected.tokens), expected.finish_reason), prompt
-            assert answer.tokens != expected.tokens, f"{prompt}: the same tokens, and another text"
-            pairs = enumerate(zip(answer.tokens, expected.tokens, strict=True))
-            place, pair = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
-            nats = self._likelier(at[0], prompt, expected.tokens[:place], *pair)
-            assert abs(nats) < TIE_NATS, f"{prompt}: token {place} is another, and {nats:.3f} nats likelier"
+        url = self.cluster.url(at[0])
+        assert_undisturbed(url, [*PROMPTS, *LATE], answers, undisturbed, headers=self.headers)
         return answers
-
-    def _likelier(self, host: str, prompt: str, said: tuple[int, ...], one: int, other: int) -> float:
-        """Return how much likelier an engine finds one token than another behind what was said, in nats."""
-
-        def post(path: str, **body: Any) -> Any:
-            url = self.cluster.url(host) + path
-            answer = requests.post(url, json={"model": "tiny", **body}, headers=self.headers, timeout=LIMIT_S)
-            assert answer.status_code == 200, answer.text
-            return answer.json()
-
-        whole = [*post("/tokenize", prompt=prompt)["tokens"], *said]
-        choice = {"max_tokens": 1, "temperature": 0, "logprobs": 5, "return_tokens_as_token_ids": True}
-        (likely,) = post("/v1/completions", prompt=whole, **choice)["choices"][0]["logprobs"]["top_logprobs"]
-        return likelier(likely, one, other)
 
     def engines(self, host: str) -> int:
         """Return how many engines the Router on `host` has on its token channel."""
@@ -135,6 +75,11 @@ class Clients:
         """Return how many requests the Routers on these hosts have moved away from an engine."""
         lines = [line for host in at for line in self.get(host, "/metrics").text.splitlines()]
         return sum(float(li.split()[-1]) for li in lines if li.startswith("ray_groundswell_fleet_recovered_requests"))
+
+    def connected(self, host: str) -> list[float]:
+        """Return how many engines each Router on `host` has on its channel, as Ray exports it there."""
+        lines = self.get(host, "/metrics").text.splitlines()
+        return [float(li.split()[-1]) for li in lines if li.startswith("ray_groundswell_channel_connected_engines{")]
 
     def wait_for_engines(self, number: int, *at: str) -> None:
         wait_for(lambda: all(self.engines(host) == number for host in at), f"{number} engines at {at}", LIMIT_S)
@@ -156,14 +101,6 @@ class Clients:
         except requests.RequestException:
             return False
         return set(re.findall(r'NodeAddress="([^"]+)"', text)) == {self.cluster.hosts[host].address}
-
-
-def _until_begun(event: Event, answer: Future[Answer]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not event.wait(0.2):
-        if answer.done():
-            answer.result()  # says why it never began
-        assert time.monotonic() < deadline, "an answer has not begun"
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +140,7 @@ def test_a_request_that_comes_in_at_any_node_is_served_by_engines_on_others(
         assert requests.get(clients.cluster.url(host) + "/v1/models", timeout=30).status_code == 401
         clients.same_answers(undisturbed, [host])
     # No engine is on the head: what came in there was answered over the network, and not in one piece.
-    assert "ray_groundswell_channel_connected_engines" in clients.get("head", "/metrics").text
+    wait_for(lambda: clients.connected("head") == [2], "the head's metrics show its Router both engines", LIMIT_S)
     begun, whole = Event(), Event()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(clients.stream, "head", PROMPTS[0], begun)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from deployments import cli
 from deployments.grounding.layout import REFUSAL
 from tests.e2e.serving import Served
 
@@ -67,3 +69,25 @@ def test_what_the_documents_do_not_say_is_not_made_up(client: openai.OpenAI, sto
     question = "Who painted the ceiling of the town hall?"
     answer = client.responses.create(model=MODEL, input=question, tools=[tool(store)], temperature=0)
     assert answer.output_text == REFUSAL
+
+
+def test_the_command_line_brings_documents_finds_them_and_asks(
+    served: Served, codes: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> str:
+        where = ["--store", "by the command line", "--url", f"http://127.0.0.1:{served.port}"]
+        assert cli.main([*arguments, *where]) == 0
+        return capsys.readouterr().out
+
+    place, text = PLACES[0], f"The gate code of the {PLACES[0]} is {codes[PLACES[0]]}."
+    folder, name = tmp_path / "notes", f"{place.replace(' ', '-')}.md"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    assert run("ingest", str(folder)).startswith("1 files in by the command line (vs_")
+    assert "1 of them were there before" in run("ingest", str(folder))
+    found, passage = run("search", place).splitlines()
+    assert found.endswith(f"  notes/{name}")
+    assert passage.strip() == text
+    answer, *_, source = run("ask", f"What is the gate code of the {place}?").splitlines()
+    assert answer.replace(" [1]", "") == text
+    assert source.startswith(f"  [1] {name}  (file-")

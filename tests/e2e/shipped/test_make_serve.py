@@ -22,9 +22,11 @@ import grpc
 import psutil
 import pytest
 
+from deployments.launch.processes import is_alive
 from tests.e2e.serving import CONFIG, ROOT, STOP_LIMIT_S, Served, command, offline_environment
 
 T = TypeVar("T")
+VLLMS_SOCKET = re.compile(r"/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 
 
 def of_each(served: Served, look: Callable[[psutil.Process], T]) -> Iterator[T]:
@@ -61,6 +63,14 @@ def test_routers_and_engines_are_not_put_behind_everything_else_on_the_machine(s
     niceness = {nice for name, nice in of_each(served, lambda p: (title(p), p.nice())) if name.startswith(names)}
     assert niceness, "no replica was found"
     assert niceness == {psutil.Process().nice()}
+
+
+def run_folder(served: Served) -> Path:
+    return token_path(served).parent
+
+
+def token_path(served: Served) -> Path:
+    return Path(served.members()[0].environ()["RAY_AUTH_TOKEN_PATH"])
 
 
 def title(process: psutil.Process) -> str:
@@ -128,7 +138,7 @@ def test_every_socket_listens_on_loopback_or_is_excepted_by_name(served: Served)
 
 
 def test_what_is_open_refuses_whoever_lacks_the_token(served: Served) -> None:
-    token = Path(served.members()[0].environ()["RAY_AUTH_TOKEN_PATH"]).read_text()
+    token = token_path(served).read_text()
     known = [opened for opened in OPEN_SOCKETS if opened.needs_token]
     guarded = [listener for listener in listeners(served) if any(k.matches(listener) for k in known)]
     assert guarded
@@ -152,7 +162,7 @@ def call(port: int, token: str | None) -> grpc.StatusCode:
 
 
 def test_the_token_is_neither_printed_nor_passed_as_an_argument(served: Served) -> None:
-    path = Path(served.members()[0].environ()["RAY_AUTH_TOKEN_PATH"])
+    path = token_path(served)
     token = path.read_text()
     assert path.stat().st_mode & 0o077 == 0
     assert path.parent.stat().st_mode & 0o077 == 0
@@ -198,16 +208,14 @@ def test_says_in_one_sentence_why_it_cannot_start(
     assert result.stderr.count("\n") == 1, result.stderr
 
 
-def is_alive(process: psutil.Process) -> bool:
-    """Return whether it runs: a zombie has ended, and waits for whoever adopted it."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def test_sockets_between_an_engines_processes_go_with_the_runs_folder(served: Served) -> None:
+    """A process that is killed leaves its own behind, and Ctrl-C kills."""
+    sockets = {c.laddr for each in of_each(served, lambda p: p.net_connections("unix")) for c in each}
+    assert {Path(path).parent for path in sockets if VLLMS_SOCKET.search(path)} == {run_folder(served)}
 
 
 def test_ctrl_c_leaves_nothing_behind(served: Served) -> None:
-    folder = Path(served.members()[0].environ()["RAY_AUTH_TOKEN_PATH"]).parent
+    folder = run_folder(served)
     everybody = served.members()
     assert len(everybody) > 5
     served.process.send_signal(signal.SIGINT)
