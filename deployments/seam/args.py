@@ -154,6 +154,28 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
 
 
+def import_parsers(args: Namespace) -> None:
+    """Import the tool and reasoning parsers that users bring, as vLLM's server does before it makes an engine's config.
+
+    Raises:
+        ConfigError: A parser that was chosen is not there. Why a file could not be imported is in vLLM's log.
+    """
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    try:
+        validate_api_server_args(args)
+        if args.reasoning_parser:  # which vLLM would look up later
+            ReasoningParserManager.get_reasoning_parser(args.reasoning_parser)
+    except KeyError as error:
+        raise ConfigError(f"model {args.served_model_name[0]!r}: {error.args[0]}") from None
+
+
 def lora_requests(args: Namespace) -> list[LoRARequest]:
     """Return the adapters that the model is configured with, as every engine knows them."""
     from vllm.lora.request import LoRARequest
@@ -201,10 +223,14 @@ def frontend_config(args: Namespace) -> VllmConfig:
     """Return a `VllmConfig` for rendering, validation and detokenization: no device, no KV cache, no quantization.
 
     Mutates process-wide vLLM settings that only matter to engines, so call it in a Router, never in an Engine.
+
+    Raises:
+        ConfigError: A tool or reasoning parser that was chosen is not there.
     """
     from vllm import envs
     from vllm.config import LoRAConfig, VllmConfig
 
+    import_parsers(args)
     parsed = engine_args(args)
     model_config = parsed.create_model_config()
     model_config.quantization = None
