@@ -382,6 +382,7 @@ class _Model:
         return self._limits
 
     async def _build(self, description: m.EngineDescription | None) -> None:
+        from deployments.seam.args import speculates
         from deployments.seam.engine_client import FleetClient
         from deployments.seam.frontend import build_model_app, token_counter
 
@@ -392,7 +393,7 @@ class _Model:
             if description is not None:
                 self._vllm_config.model_config.max_model_len = description.max_model_len
                 tasks = description.supported_tasks
-            client = FleetClient(self.fleet, self._vllm_config, tasks, self._stamps)
+            client = FleetClient(self.fleet, self._vllm_config, tasks, self._stamps, speculates=speculates(self._args))
             context = client.model_config.max_model_len
             self._limits = Limits(self.name, client.let_in, token_counter(client), context)
             self.built = await build_model_app(self._args, client)

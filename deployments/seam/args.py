@@ -242,6 +242,7 @@ def frontend_config(args: Namespace) -> VllmConfig:
             max_lora_rank=parsed.max_lora_rank,
             max_loras=parsed.max_loras,
             default_mm_loras=parsed.default_mm_loras,
+            enable_tower_connector_lora=parsed.enable_tower_connector_lora,
         )
     config = VllmConfig(
         model_config=model_config,
@@ -251,8 +252,20 @@ def frontend_config(args: Namespace) -> VllmConfig:
         structured_outputs_config=parsed.create_structured_outputs_config(),
         reasoning_config=parsed.reasoning_config,
     )
-    config.aux_output_config = parsed.aux_output_config  # afterwards: vLLM would look whether an engine here can
+    # Afterwards: vLLM would look whether an engine here can.
+    config.aux_output_config = parsed.aux_output_config
+    config.cache_config.kv_sharing_fast_prefill = parsed.kv_sharing_fast_prefill
+    config.diffusion_config = parsed.create_diffusion_config()
+    config.scheduler_config.stream_interval = parsed.stream_interval
+    config.watermark_config = parsed.create_watermark_config()
     return config
+
+
+def speculates(args: Namespace) -> bool:
+    """Return whether engines draft tokens. A config of it would load the drafter's, and a Router asks for no more."""
+    return any(
+        given is not None for given in (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
+    )
 
 
 def model_names(args: Namespace) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, Protocol
 import msgspec
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.pooling_params import PoolingParams
@@ -212,7 +212,15 @@ class RequestSubmission:
 
 
 class FleetClient(EngineClient):
-    """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device."""
+    """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device.
+
+    Args:
+        fleet: The engines.
+        vllm_config: From `frontend_config`.
+        supported_tasks: What they can do.
+        stamps: What is written on requests.
+        speculates: Whether they draft tokens, and so cannot honour every parameter.
+    """
 
     def __init__(
         self,
@@ -220,11 +228,14 @@ class FleetClient(EngineClient):
         vllm_config: VllmConfig,
         supported_tasks: tuple[SupportedTask, ...],
         stamps: Stamps | None = None,
+        *,
+        speculates: bool = False,
     ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.input_processor.speculative_config = speculates or None  # all it asks is whether there is one
         self.supported_tasks = supported_tasks
         self._fleet, self._stamps = fleet, stamps or Stamps()
         self._codec = Codec()
@@ -285,6 +296,11 @@ class FleetClient(EngineClient):
     ) -> AsyncGenerator[RequestOutput, None]:
         if isinstance(prompt, AsyncGenerator):
             raise PublicHTTPError(NotSupportedByFleet("Streaming input is not supported: it would live in one engine."))
+        if self.vllm_config.cache_config.kv_sharing_fast_prefill and sampling_params.prompt_logprobs:
+            raise VLLMValidationError(
+                "This model's engines run with --kv-sharing-fast-prefill, with which prompt logprobs are incorrect.",
+                parameter="prompt_logprobs",
+            )
         request = await self._process(request_id, prompt, sampling_params, **options)
         request.reasoning_ended = reasoning_ended
         request.reasoning_parser_kwargs = reasoning_parser_kwargs

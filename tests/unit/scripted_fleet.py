@@ -15,7 +15,7 @@ from vllm.v1.outputs import LogprobsLists
 
 from deployments.dispatch import App
 from deployments.errors import EngineUnavailable, Overloaded
-from deployments.seam.args import frontend_config, parse_args
+from deployments.seam.args import frontend_config, parse_args, speculates
 from deployments.seam.engine_client import FleetClient, RequestSubmission
 from deployments.seam.frontend import build_model_app
 from models import tiny_random
@@ -128,6 +128,6 @@ async def scripted_app(
     with mock.patch.dict(os.environ, VLLM_TARGET_DEVICE="cpu"):  # as in a Router
         args = parse_args("tiny", engine_args, options)
         fleet = fleet or ScriptedFleet()
-        client = FleetClient(fleet, frontend_config(args), ("generate",))
+        client = FleetClient(fleet, frontend_config(args), ("generate",), speculates=speculates(args))
         fleet.tokenizer = client.renderer.tokenizer
         return await build_model_app(args, client), fleet, client
