@@ -200,6 +200,7 @@ class RequestSubmission:
         """Forget the request's state in the Router."""
         if self._open:
             self._outputs.abort_requests(self._open.copy(), internal=True)
+            self._outputs.parent_requests.pop(self._request.request_id, None)  # vLLM drops it with the last to end
             self._open.clear()
 
     def _forget(self) -> None:

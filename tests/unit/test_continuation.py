@@ -172,6 +172,7 @@ async def stage(client: FleetClient) -> AsyncIterator[Stage]:
     yield Stage(client)
     assert client._outputs.request_states == {}
     assert client._outputs.external_req_ids == {}
+    assert client._outputs.parent_requests == {}
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
