@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace, _AppendAction
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -18,8 +18,6 @@ from deployments.config import MAX_NUM_SEQS
 from deployments.errors import ConfigError
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser
-
     from vllm import AsyncEngineArgs
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
@@ -145,6 +143,8 @@ def _argv(parser: ArgumentParser, options: Mapping[str, Any]) -> list[str]:
                 argv.append(off)
         elif isinstance(value, list | tuple) and action.nargs in ("+", "*"):
             argv += [flag, *(_text(item) for item in value)] if value else []
+        elif isinstance(value, list | tuple) and isinstance(action, _AppendAction):
+            argv += [f"{flag}={_text(item)}" for item in value]
         else:
             argv.append(f"{flag}={_text(value)}")
     return argv

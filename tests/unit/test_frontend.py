@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from fastapi import Request, Response
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
@@ -80,6 +82,29 @@ async def test_a_picture_seen_through_an_adapter_is_named_after_it(tmp_path: Pat
     _, _, client = await scripted_app(tmp_path, enable_lora=True, enable_tower_connector_lora=True)
     client.shutdown()
     assert client.input_processor._get_mm_identifier("picture", LoRARequest("sql", 1, "./sql")) == "sql:picture"
+
+
+async def signed(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    answer = await call_next(request)
+    answer.headers["x-signed"] = "yes"
+    return answer
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("middleware", "encoding", "by"),
+    [
+        ([], None, None),
+        ("starlette.middleware.gzip.GZipMiddleware", "gzip", None),
+        ([f"{__name__}.signed", "fastapi.middleware.gzip.GZipMiddleware"], "gzip", "yes"),  # not where it is defined
+    ],
+)
+async def test_middleware_that_users_bring_is_there_whatever_path_names_it(
+    middleware: str | list[str], encoding: str | None, by: str | None, tmp_path: Path
+) -> None:
+    answer, _ = await ask(tmp_path, {"logprobs": 5}, middleware=middleware)
+    assert answer.status_code == 200
+    assert (answer.headers.get("content-encoding"), answer.headers.get("x-signed")) == (encoding, by)
 
 
 CARRIED: Final = {
