@@ -55,6 +55,10 @@ class PublicHTTPError(GracefulHTTPError):
 class Flight(Protocol):
     """A request on its way. `close` frees what it holds; safe to call twice."""
 
+    @property
+    def replica(self) -> str | None:
+        """The engine that has it, as far as is known."""
+
     def close(self) -> None: ...
 
 
@@ -142,7 +146,7 @@ class RequestSubmission:
         index = int(output.request_id)
         output.request_id = self._requests[index].request_id
         self._torn = True
-        self._charge(len(output.new_token_ids))
+        self.charge(len(output.new_token_ids))
         processed = self._outputs.process_outputs([output], weight_version=weight_version)
         self._torn = False
         self._tokens += output.new_token_ids
@@ -152,7 +156,7 @@ class RequestSubmission:
             self._open.discard(output.request_id)
         return [index] if processed.reqs_to_abort else []
 
-    def _charge(self, tokens: int) -> None:
+    def charge(self, tokens: int) -> None:
         """Count tokens as they come, so whoever hangs up pays for what was done until then; the prompt is paid once."""
         if self._caller is not None:
             self._caller.tokens += tokens + (0 if self._charged else self.prompt_tokens)
@@ -371,7 +375,7 @@ class FleetClient(EngineClient):
             )
             held.callback(submission.abort)
             flight = self._fleet.start(submission, reservation)
-            held.callback(flight.close)
+            held.callback(_leave, flight, submission)
             timer = _at_deadline(flight, submission)
             if timer is not None:
                 held.callback(timer.cancel)
@@ -476,6 +480,13 @@ class FleetClient(EngineClient):
         return False
 
 
+def _leave(flight: Flight, submission: RequestSubmission) -> None:
+    """Close a flight. Whoever does not wait for its end pays for a prompt that an engine has."""
+    if flight.replica is not None and not submission.finished:
+        submission.charge(0)
+    flight.close()
+
+
 def _at_deadline(flight: Flight, submission: RequestSubmission) -> asyncio.TimerHandle | None:
     """Have the request fail when its HTTP request's deadline comes, if it has one."""
     scope = request_scope.current()
@@ -484,7 +495,7 @@ def _at_deadline(flight: Flight, submission: RequestSubmission) -> asyncio.Timer
     when, error = scope.deadline
 
     def give_up() -> None:
-        flight.close()
+        _leave(flight, submission)
         submission.fail(error)
 
     return asyncio.get_running_loop().call_at(when, give_up)

@@ -31,11 +31,14 @@ class StubFlight:
 
     def __init__(self, fleet: ScriptedFleet, submission: RequestSubmission) -> None:
         self._fleet, self._submission = fleet, submission
+        self.replica = "r0" if fleet.takes else None
         self.closed = asyncio.Event()
         self.task = asyncio.get_running_loop().create_task(self._fly())
 
     async def _fly(self) -> None:
         fleet = self._fleet
+        if fleet.silent:
+            await asyncio.Event().wait()
         scripts = [fleet.tokens(fleet.answers[i % len(fleet.answers)]) for i in range(self._submission.sequences)]
         whole, cut = scripts[0], fleet.cut_after
         while any(scripts):
@@ -74,6 +77,8 @@ class ScriptedFleet:
         answers: What sequence 0, 1, … says.
         step: Tokens in one delta.
         hangs: Whether it falls silent after the first delta.
+        silent: Whether it never says anything.
+        takes: Whether an engine has its requests.
         cut_after: After how many tokens of its only sequence an engine fails, once.
         recovered: How requests began again at another.
         full: Whether it refuses requests.
@@ -89,7 +94,8 @@ class ScriptedFleet:
     def __init__(self) -> None:
         self.answers: Sequence[str] = ["An answer."]
         self.step = 1
-        self.hangs = self.full = False
+        self.hangs = self.silent = self.full = False
+        self.takes = True
         self.retry_after_s = 7.0
         self.pause_s = 0.0
         self.fails_after: int | None = None
