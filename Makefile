@@ -1,4 +1,4 @@
-# `make serve` on a bare machine: Python 3.11 or later is enough, a GPU is used where there is one.
+# `make serve` on a bare machine: Linux and Python 3.11 or later are enough, a GPU is used where there is one.
 
 PYTHON ?= python3
 VENV := .venv
@@ -98,7 +98,14 @@ $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 
+# vLLM's CPU build links to libnuma, which no wheel brings. Where it cannot be installed, `make serve` says what is missing.
 $(INSTALLED): pyproject.toml | $(BIN)/uv
+	@if [ $(ACCELERATOR) = cpu ] && ! $(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && \
+	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing libnuma1"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libnuma1; } \
+	    >/dev/null 2>&1 || echo "libnuma1 could not be installed" >&2; \
+	fi
 	@echo "Installing into $(VENV) for $(ACCELERATOR) (once; this takes a few minutes)"
 	@rm -f $(VENV)/.installed-*
 	$(UV_INSTALL) -e '.[$(ACCELERATOR)]'

@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.plots is not None:
         for file in plots.draw(numbers, given.plots):
             print(file)
-    return 1 if any(case.failed for m in measured.values() for case in m.cases.values()) else 0
+    failed = any(case.failed for m in measured.values() for case in m.cases.values())
+    return 1 if failed or numbers["left_out"] else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tpot-slo", type=float, default=defaults.tpot_slo_s, help="seconds: each further token of a good request"
     )
-    parser.add_argument("--capacity", type=float, help="requests/s that are 100%%; else as chat-32 finds it")
+    parser.add_argument(
+        "--capacity",
+        type=float,
+        help="requests/s that are 100%%; else what the bare server does in chat-32, asked first",
+    )
     parser.add_argument(
         "--engine-arg",
         type=console.name_and_value,

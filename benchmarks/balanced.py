@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import console
@@ -26,8 +27,13 @@ frontend all
     default_backend servers
 backend servers
     balance leastconn
-    option http-server-close
 """
+
+
+def configuration(port: int, servers: Sequence[int]) -> str:
+    """Return HAProxy's, for one port before those of the servers. Connections to them stay open, as everywhere else."""
+    lines = [f"    server s{i} 127.0.0.1:{own}\n" for i, own in enumerate(servers)]
+    return _HAPROXY.format(port=port) + "".join(lines)
 
 
 def main(port: int, servers: int, folder: Path, flags: list[str]) -> int:
@@ -45,9 +51,8 @@ def main(port: int, servers: int, folder: Path, flags: list[str]) -> int:
             if any(process.poll() is not None for process in running):
                 return 1
             time.sleep(0.25)
-        lines = [f"    server s{i} 127.0.0.1:{own}\n" for i, own in enumerate(ports)]
         config = folder / "haproxy.cfg"
-        config.write_text(_HAPROXY.format(port=port) + "".join(lines))
+        config.write_text(configuration(port, ports))
         running.append(subprocess.Popen([get_haproxy_binary(), "-db", "-f", config], preexec_fn=die_with_parent))
         signal.pause()
         return 0

@@ -60,10 +60,10 @@ class Result:
     Attributes:
         wall_s: From the first request to the end of the last answer.
         tokens: Output tokens, by the servers' own `usage`, of requests that did not fail.
-        events: Server-sent events, `[DONE]` included: fewer than tokens where a server merges them.
         prompt_tokens: Of those, likewise.
+        events: Of those, server-sent events, `[DONE]` included: fewer than tokens where a server merges them.
         completed: Requests that came back whole.
-        rejected: Requests that were refused at once for overload: HTTP 429 or 503.
+        rejected: Requests that were refused at once for overload: HTTP 429.
         errors: Requests that did not, by reason, rejected ones included.
         ttft_s: Per request whose answer has text, to the first event with some.
         tpot_s: For each of those, from there to the last event, by token after the first; 0 with one token.
@@ -82,9 +82,14 @@ class Result:
     client_cpu_s: float = 0.0
 
     @property
+    def not_whole(self) -> int:
+        """Requests that did not come back whole, for whatever reason."""
+        return sum(self.errors.values())
+
+    @property
     def failed(self) -> int:
         """Requests that failed though nobody refused them."""
-        return sum(self.errors.values()) - self.rejected
+        return self.not_whole - self.rejected
 
     def good(self, ttft_s: float, tpot_s: float) -> int:
         """Return how many requests kept to both limits."""
@@ -96,7 +101,7 @@ class RequestFailed(Exception):
 
 
 class Rejected(RequestFailed):
-    """The server has too much to do, and says so."""
+    """The server has too much to do, and says so. A 503 only says that nobody could do it: that is a failure."""
 
 
 def bodies(load: Load, client: int) -> list[bytes]:
@@ -159,7 +164,7 @@ async def _whole(session: aiohttp.ClientSession, load: Load, body: bytes, result
         answer = await response.read()
         if response.status != 200:
             raise _refusal(response.status, answer)
-        _count(json.loads(answer), load, result)
+        _count(usage(json.loads(answer), load.tokens), result)
 
 
 async def _streamed(session: aiohttp.ClientSession, load: Load, body: bytes, result: Result) -> None:
@@ -176,36 +181,55 @@ async def _streamed(session: aiohttp.ClientSession, load: Load, body: bytes, res
             for event in whole:
                 events += 1
                 before, latest = latest, event
-                if not first and _has_text(event):
+                if not first and has_text(event):
                     first = last
+    _count(usage_at_end(before, latest, load.tokens), result)
     result.events += events
-    if latest != b"data: [DONE]" or not before.startswith(b'data: {"id"'):
-        raise RequestFailed(f"the stream ended with {before[:120]!r} {latest[:120]!r}")
-    tokens = _count(json.loads(before[6:]), load, result)
     if first:
         result.ttft_s.append(first - started)
-        result.tpot_s.append((last - first) / (tokens - 1) if tokens > 1 else 0.0)
+        result.tpot_s.append((last - first) / (load.tokens - 1) if load.tokens > 1 else 0.0)
 
 
 def _refusal(status: int, answer: bytes) -> RequestFailed:
     """Return the error for an answer other than 200, the same for all that say the same."""
-    words = answer[:120] if status not in (429, 503) else b""  # they count requests
-    return (Rejected if status in (429, 503) else RequestFailed)(f"HTTP {status} {words.decode(errors='replace')}")
+    if status == 429:
+        return Rejected("HTTP 429")  # without its words, which count requests
+    return RequestFailed(f"HTTP {status} {answer[:120].decode(errors='replace')}")
 
 
-def _has_text(event: bytes) -> bool:
+def has_text(event: bytes) -> bool:
+    """Return whether an event of a chat's stream brings text."""
     choices = json.loads(event[6:]).get("choices") if event.startswith(b"data: {") else None
     return bool(choices and choices[0]["delta"].get("content"))
 
 
-def _count(answer: dict[str, Any], load: Load, result: Result) -> int:
-    tokens = int((answer.get("usage") or {}).get("completion_tokens", 0))
-    if tokens != load.tokens:
-        raise RequestFailed(f"{tokens} tokens in place of {load.tokens}")
-    result.tokens += tokens
-    result.prompt_tokens += int(answer["usage"].get("prompt_tokens", 0))
+def usage(answer: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Return the `usage` of an answer.
+
+    Raises:
+        RequestFailed: It is not of so many tokens.
+    """
+    said: dict[str, Any] = answer.get("usage") or {}
+    if said.get("completion_tokens", 0) != tokens:
+        raise RequestFailed(f"{said.get('completion_tokens', 0)} tokens in place of {tokens}")
+    return said
+
+
+def usage_at_end(before: bytes, last: bytes, tokens: int) -> dict[str, Any]:
+    """Return the `usage` of a stream, which the last event but one brings.
+
+    Raises:
+        RequestFailed: The stream did not come to its end, or is not of so many tokens.
+    """
+    if last != b"data: [DONE]" or not before.startswith(b'data: {"id"'):
+        raise RequestFailed(f"the stream ended with {before[:120]!r} {last[:120]!r}")
+    return usage(json.loads(before[6:]), tokens)
+
+
+def _count(said: dict[str, Any], result: Result) -> None:
+    result.tokens += said["completion_tokens"]
+    result.prompt_tokens += said.get("prompt_tokens", 0)
     result.completed += 1
-    return tokens
 
 
 def go_first() -> None:

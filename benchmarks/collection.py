@@ -24,7 +24,10 @@ class Collection:
 
 
 def cranfield(folder: Path) -> Collection:
-    """Read the collection. A document is its title and its abstract; gains are 4 for code 1 down to 1 for code 4."""
+    """Read the collection. A document is its title and its abstract; gains are 4 for code 1 down to 1 for code 4.
+
+    Documents without either are left out: there is nothing to index of them.
+    """
     fields: dict[str, dict[str, list[str]]] = {}
     number = field = ""
     for line in (folder / "cran.all.1400").read_text("latin-1").splitlines():
@@ -35,7 +38,8 @@ def cranfield(folder: Path) -> Collection:
             field = match[1]
         elif field in ("T", "W"):
             fields[number][field].append(line)
-    documents = {n: "\n".join(f["T"]).strip() + "\n\n" + "\n".join(f["W"]).strip() for n, f in fields.items()}
+    texts = {n: "\n".join(f["T"]).strip() + "\n\n" + "\n".join(f["W"]).strip() for n, f in fields.items()}
+    documents = {number: text for number, text in texts.items() if text.strip()}
     parts = re.split(r"^\.I \d+\s*^\.W\s*", (folder / "cran.qry").read_text("latin-1"), flags=re.M)
     questions = [" ".join(part.split()) for part in parts if part.strip()]
     gains: list[dict[str, int]] = [{} for _ in questions]

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +72,7 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
     "poisson-110": Workload("arrivals at 110%", 128, 128, 0, 220, 1.1),
 }
 CAPACITY_OF: Final = "chat-32"
-"""Whose requests per second, at the bare server, are 100%."""
+"""Whose requests per second, at the bare server and before all else, are 100%."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Options:
         in_turn: Start a system for each of its turns, and stop it after: slow, for machines that hold only one.
         ttft_slo_s: A request is good if its first token took no longer,
         tpot_slo_s: and each further one no longer than this.
-        capacity: Requests a second that are 100%, where `chat-32` is not measured in the same run.
+        capacity: Requests a second that are 100%; None to find out.
         engine_args: vLLM's, for all systems, beside those they have anyway.
     """
 
@@ -104,8 +104,13 @@ class Options:
 
 @dataclass
 class Case:
-    """All rounds of one workload on one system."""
+    """All rounds of one workload on one system.
 
+    Attributes:
+        rate: Arrivals a second; 0 for clients that wait for their answers.
+    """
+
+    rate: float = 0.0
     results: list[Result] = field(default_factory=list)
     cpu_s: Counter[str] = field(default_factory=Counter)
 
@@ -152,6 +157,7 @@ class Case:
 
     def as_json(self, options: Options) -> dict[str, Any]:
         return {
+            "arrivals_per_s": round(self.rate, 2),
             "tokens_per_s": [round(r.tokens / r.wall_s, 1) for r in self.results],
             "requests_per_s": round(self.requests_per_s, 2),
             "goodput": round(self.goodput(options), 2),
@@ -224,6 +230,9 @@ def compare(options: Options, say: Callable[[str], None]) -> dict[str, Measured]
 
     Returns:
         The numbers of each system, by name.
+
+    Raises:
+        ServerError: None of them started, or what are 100% could not be found.
     """
     model = make_model()
     with tempfile.TemporaryDirectory(prefix="groundswell-bench-") as folder:
@@ -232,6 +241,8 @@ def compare(options: Options, say: Callable[[str], None]) -> dict[str, Measured]
         servers = {name: system(name, shared, Path(folder), options.replicas) for name in options.systems}
         run = _Run(options, model, {name: Measured() for name in servers}, say)
         try:
+            if options.capacity is None and any(WORKLOADS[workload].share for workload in options.workloads):
+                run.find_capacity(servers)
             if not options.in_turn:
                 for name, server in servers.items():
                     run.start(name, server)
@@ -268,6 +279,7 @@ class _Run:
         self, options: Options, model: Path, measured: dict[str, Measured], say: Callable[[str], None]
     ) -> None:
         self._options, self._model, self.measured, self._say = options, model, measured, say
+        self._capacity = options.capacity or 0.0
         self._out: set[str] = set()
 
     @property
@@ -284,15 +296,35 @@ class _Run:
         begin = time.monotonic()
         try:
             server.start()
+            if refused := send(Load(server.url, MODEL_NAME, 1, 1, 1)).errors:
+                raise ServerError(f"it does not answer: {next(iter(refused))}")
         except ServerError as problem:
             self._out.add(name)
             self._say(f"{name} is left out: {problem}")
+            server.stop()
             return False
-        send(Load(server.url, MODEL_NAME, 1, 1, 1))
         self.measured[name].first_token_s.append(time.monotonic() - begin)
         self._say(f"{name}: first token after {time.monotonic() - begin:.0f} s")
         send(Load(server.url, MODEL_NAME, 32, 1, 32, seed=-1))  # warms caches, connections and code
         return True
+
+    def find_capacity(self, servers: Mapping[str, Server]) -> None:
+        """Find the requests per second that are 100%, once: arrivals are the same for all systems and in all rounds.
+
+        Raises:
+            ServerError: None of the systems started, or one of the requests failed.
+        """
+        name = next((name for name in sorted(servers, key="bare".__ne__) if self.start(name, servers[name])), None)
+        if name is None:
+            raise ServerError("no system started")
+        result = send(self._load(servers[name], CAPACITY_OF, turn=-1))
+        if result.errors:
+            raise ServerError(f"requests failed while {name} had nothing else to do: {next(iter(result.errors))}")
+        self._capacity = result.completed / result.wall_s
+        self._say(f"{self._capacity:.2f} requests a second are 100%: so many {name} does in {CAPACITY_OF}")
+        if self._options.in_turn:
+            servers[name].stop()
+            self.measured[name].first_token_s.clear()  # the others are not started once more either
 
     def idle(self, name: str, server: Server) -> None:
         """Measure what a system uses when nobody asks it anything."""
@@ -302,22 +334,11 @@ class _Run:
 
     def turn(self, name: str, server: Server, workload: str, turn: int) -> None:
         """Send one round of a workload to a system."""
-        what = WORKLOADS[workload]
-        load = Load(
-            server.url,
-            MODEL_NAME,
-            what.clients or 1,
-            what.requests,
-            what.tokens,
-            prompt_words=words_for(self._model, what.prompt_tokens),
-            seed=1000 * turn + sorted(WORKLOADS).index(workload),
-        )
-        if what.share:
-            load = replace(load, rate=what.share * self._capacity())
+        what, load = WORKLOADS[workload], self._load(server, workload, turn)
         with Meter(server.processes) as meter:
             result = send(load)
         measured = self.measured[name]
-        case = measured.cases.setdefault(workload, Case())
+        case = measured.cases.setdefault(workload, Case(load.rate))
         case.results.append(result)
         case.cpu_s.update(meter.cpu_s)
         for process, rss in meter.peak_rss_bytes.items():
@@ -329,12 +350,18 @@ class _Run:
         for reason, count in result.errors.items():
             self._say(f"    {count} x {reason}")
 
-    def _capacity(self) -> float:
-        """Return the requests per second that are 100%, the same for all systems."""
-        if self._options.capacity is not None:
-            return self._options.capacity
-        measured = self.left.get("bare", next(iter(self.left.values())))
-        return measured.cases[CAPACITY_OF].requests_per_s
+    def _load(self, server: Server, workload: str, turn: int) -> Load:
+        what = WORKLOADS[workload]
+        return Load(
+            server.url,
+            MODEL_NAME,
+            what.clients or 1,
+            what.requests,
+            what.tokens,
+            prompt_words=words_for(self._model, what.prompt_tokens),
+            seed=1000 * turn + sorted(WORKLOADS).index(workload),
+            rate=what.share * self._capacity,
+        )
 
 
 def table(options: Options, measured: Mapping[str, Measured]) -> str:
@@ -351,6 +378,8 @@ def table(options: Options, measured: Mapping[str, Measured]) -> str:
     for workload in options.workloads:
         cases = [measured[name].cases[workload] for name in names]
         lines.append(WORKLOADS[workload].title)
+        if WORKLOADS[workload].share:
+            row("    arrivals/s", [c.rate for c in cases], 2, ratio=False)
         row("    output tokens/s", [c.tokens_per_s for c in cases])
         row("    requests/s", [c.requests_per_s for c in cases], 2)
         row("    good requests/s", [c.goodput(options) for c in cases], 2)
@@ -361,7 +390,9 @@ def table(options: Options, measured: Mapping[str, Measured]) -> str:
         row("    rejected, %", [100 * c.rejected for c in cases], ratio=False)
         row("    failed requests", [c.failed for c in cases], 0, ratio=False)
         row("    the client's own CPU, cores", [c.client_cores for c in cases], 2, ratio=False)
-    row("first token after a start, s", [statistics.median(measured[name].first_token_s) for name in names], 0)
+    # Together, one starts beside those that run already, and from a page cache that they have filled.
+    starts = [statistics.median(measured[name].first_token_s) for name in names]
+    row("first token after a start, s", starts, 0, ratio=options.in_turn)
     busiest = options.workloads[0]
     for name, m in measured.items():
         cpu = m.cases[busiest].cpu_s_per_1000_tokens()
@@ -372,7 +403,14 @@ def table(options: Options, measured: Mapping[str, Measured]) -> str:
             idle = m.idle_cores.get(process, 0.0)
             lines.append(f"    {process:<38}{cpu.get(process, 0.0):>12.3f}{megabytes:>12.0f}{idle:>8.3f}")
         lines.append(f"    {'all':<38}{sum(cpu.values()):>12.3f}{'':>12}{sum(m.idle_cores.values()):>8.3f}")
+    if missing := left_out(options, measured):
+        lines += ["", f"left out: {', '.join(missing)}"]
     return "\n".join(lines)
+
+
+def left_out(options: Options, measured: Mapping[str, Measured]) -> list[str]:
+    """Return the systems that were to be compared and did not start every time."""
+    return [name for name in options.systems if name not in measured]
 
 
 def as_json(options: Options, measured: Mapping[str, Measured]) -> dict[str, Any]:
@@ -386,4 +424,5 @@ def as_json(options: Options, measured: Mapping[str, Measured]) -> dict[str, Any
         }
         for name, m in measured.items()
     }
-    return {"benchmark": "compare", **asdict(options), "systems": systems}
+    missing = left_out(options, measured)
+    return {"benchmark": "compare", **asdict(options), "systems": systems, "left_out": missing}

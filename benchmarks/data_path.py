@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,7 @@ from benchmarks.compare import quantile, send
 from benchmarks.servers import MODEL_NAME, ROOT, BareVllm, EngineSettings, Groundswell, Server, ServerError, make_model
 from benchmarks.stubs.core import STEP_S
 from benchmarks.usage import Meter
+from deployments.config import MAX_NUM_SEQS
 
 CHANNEL: Final = 32, 128, 100
 """Streams, deltas of each, and how often."""
@@ -71,6 +72,11 @@ class Numbers:
     def ttft_s(self, percentile: int) -> float:
         return quantile([value for r in self.results for value in r.ttft_s], percentile)
 
+    @property
+    def not_whole(self) -> int:
+        """Requests that did not come back whole: nothing here may be refused either."""
+        return sum(r.not_whole for r in self.results)
+
     def cpu_us(self, per: Callable[[Result], int]) -> dict[str, float]:
         """Return microseconds of each process for each of something."""
         names = sorted({name for spent in self.cpu_s for name in spent})
@@ -84,14 +90,9 @@ class Numbers:
             "requests_per_s": round(self.median(lambda r: r.completed / r.wall_s), 1),
             "ttft_p50_ms": round(1000 * self.ttft_s(50), 2),
             "ttft_p99_ms": round(1000 * self.ttft_s(99), 2),
-            "failed": sum(not_whole(r) for r in self.results),
+            "not_whole": self.not_whole,
             "cpu_us_per_token": {k: round(v, 2) for k, v in self.cpu_us(lambda r: r.tokens).items() if v >= 0.01},
         }
-
-
-def not_whole(result: Result) -> int:
-    """Return how many requests did not come back whole: nothing here may be refused either."""
-    return sum(result.errors.values())
 
 
 class StubbedBare(BareVllm):
@@ -130,7 +131,7 @@ def settings(step_s: float) -> EngineSettings:
         "model": str(model),
         "served_model_name": MODEL_NAME,
         "max_model_len": 2048,
-        "max_num_seqs": 256,
+        "max_num_seqs": MAX_NUM_SEQS,
         "dtype": "float32",
     }
     return EngineSettings(args, {STEP_S: str(step_s)})
@@ -178,7 +179,7 @@ def _turn(server: Server, name: str, turn: int, into: Numbers, say: Callable[[st
     into.cpu_s.append(meter.cpu_s)
     say(
         f"round {turn + 1}  {case.title:<24} {server.name:<16} {result.completed / result.wall_s:8.1f} requests/s"
-        f"  {result.events / result.wall_s:9.1f} events/s  {not_whole(result)} failed"
+        f"  {result.events / result.wall_s:9.1f} events/s  {result.not_whole} not whole"
     )
     for reason, count in result.errors.items():
         say(f"    {count} x {reason}")
@@ -189,8 +190,8 @@ def table(measured: Mapping[str, Mapping[str, Numbers]]) -> str:
     names = list(measured)
     lines = []
 
-    def row(label: str, values: list[float], digits: int = 1) -> None:
-        ratios = "".join(f"{v / values[0]:>8.2f}" if values[0] else "" for v in values[1:])
+    def row(label: str, values: Sequence[float], digits: int = 1, *, ratio: bool = True) -> None:
+        ratios = "".join(f"{v / values[0]:>8.2f}" if values[0] and ratio else "" for v in values[1:])
         lines.append(f"{label:<38}" + "".join(f"{v:>17.{digits}f}" for v in values) + ratios)
 
     lines.append(f"{'':<38}" + "".join(f"{name:>17}" for name in names) + f"{'ratios':>8}")
@@ -204,6 +205,7 @@ def table(measured: Mapping[str, Mapping[str, Numbers]]) -> str:
             row("    events/s", [s.median(lambda r: r.events / r.wall_s) for s in sides])
         row("    TTFT p50, ms", [1000 * s.ttft_s(50) for s in sides], 2)
         row("    TTFT p99, ms", [1000 * s.ttft_s(99) for s in sides], 2)
+        row("    requests not whole", [s.not_whole for s in sides], 0, ratio=False)
         what = "request" if CASES[case].tokens == 1 else "token"
         for name, side in zip(names, sides, strict=True):
             spent = side.cpu_us(lambda r: r.completed if what == "request" else r.tokens)  # noqa: B023
@@ -240,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         "sides": {side: {name: n.as_json() for name, n in by_case.items()} for side, by_case in measured.items()},
     }
     console.report(numbers, given.json)
-    return 1 if any(not_whole(r) for by_case in measured.values() for n in by_case.values() for r in n.results) else 0
+    return 1 if any(n.not_whole for by_case in measured.values() for n in by_case.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

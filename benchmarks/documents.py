@@ -36,6 +36,7 @@ import psutil
 import requests
 
 from benchmarks import console
+from benchmarks.client import RequestFailed, has_text, usage_at_end
 from benchmarks.collection import Collection, cranfield, ndcg, recall
 from benchmarks.servers import MODEL_NAME, Groundswell, ServerError, has_cuda_build, make_model, settings
 
@@ -52,6 +53,9 @@ _CHUNKS_A_FILE: Final = 100
 _BATCH: Final = 500
 _QUESTIONS_A_TEXT: Final = 6
 _PASSAGES: Final = 3
+_ANSWER_TOKENS: Final = 4
+_ALONE: Final = 50
+"""Searches of one client, after those of many."""
 _METRICS_LAG_S: Final = 20
 """Ray exports metrics every ten seconds: what they say now was true so long ago, at most."""
 _COMPACTED_WITHIN_S: Final = 300
@@ -163,7 +167,11 @@ def peak(measure: Callable[[], int]) -> Iterator[list[int]]:
 def ingest(
     server: WithDocuments, api: Api, texts: Mapping[str, str], say: Callable[[str], None], chunk_tokens: int = 250
 ) -> dict[str, Any]:
-    """Upload texts, put them into a new store, wait; return the store and how long it took."""
+    """Upload texts, put them into a new store, wait; return the store and how long it took.
+
+    Raises:
+        ServerError: A file was not indexed: what comes after would be measured on another store than was asked for.
+    """
     begin = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         ids = list(pool.map(lambda item: api.upload(f"{item[0]}.txt", item[1]), texts.items()))
@@ -178,7 +186,9 @@ def ingest(
         while (counts := api("GET", f"vector_stores/{store}")["file_counts"])["in_progress"]:
             time.sleep(0.5)
     seconds = time.monotonic() - attached
-    say(f"{counts['completed']} files indexed in {seconds:.0f} s, {counts['failed']} failed")
+    say(f"{counts['completed']} files indexed in {seconds:.0f} s")
+    if counts["completed"] != len(texts):
+        raise ServerError(f"{len(texts) - counts['completed']} of {len(texts)} files were not indexed")
     return {
         "store": store,
         "names": dict(zip(ids, texts, strict=True)),
@@ -360,7 +370,7 @@ def searched(
     with ThreadPoolExecutor(clients) as pool:
         times = sorted(t for t in pool.map(one, range(clients * searches)) if t is not None)
     seconds = time.monotonic() - begin
-    alone = sorted(t for t in map(one, range(50)) if t is not None)
+    alone = sorted(t for t in map(one, range(_ALONE)) if t is not None)
     if not times or not alone:
         raise ServerError("no search was answered")
     p50, alone_p50 = times[len(times) // 2], alone[len(alone) // 2]
@@ -370,10 +380,16 @@ def searched(
         "searches_per_s": round(len(times) / seconds, 1),
         "alone_p50_ms": round(1000 * alone_p50, 1),
         "p50_to_alone": round(p50 / alone_p50, 1),
-        "failed": clients * searches - len(times),
+        "failed": clients * searches - len(times) + _ALONE - len(alone),
     }
     say(f"{len(times)} searches: {measured}")
     return measured
+
+
+def good(measured: Mapping[str, Any]) -> bool:
+    """Whether no search failed, and all that was searched was in the indexes."""
+    searches = [value for value in measured.values() if isinstance(value, Mapping)]
+    return bool(measured.get("compacted", True)) and not any(each.get("failed") for each in searches)
 
 
 def grounding(folder: Path, questions: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -438,17 +454,20 @@ def _laid_out(question: str, found: Sequence[Mapping[str, Any]]) -> tuple[list[d
 
 def _first_token_s(url: str, body: Mapping[str, Any]) -> float:
     begin = time.perf_counter()
-    asked = {"model": MODEL_NAME, "max_tokens": 4, "ignore_eos": True, "stream": True, **body}
+    seconds, before, last = None, b"", b""
+    asked = {"model": MODEL_NAME, "max_tokens": _ANSWER_TOKENS, "ignore_eos": True, "stream": True, **body}
+    asked["stream_options"] = {"include_usage": True}
     with requests.post(f"{url}/v1/chat/completions", json=asked, stream=True, timeout=600) as answer:
         answer.raise_for_status()
-        lines = answer.iter_lines(chunk_size=1)
-        for line in lines:
-            if line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+        for line in answer.iter_lines(chunk_size=1):  # to its end, so that the next question has the engine alone
+            if line:
+                before, last = last, line
+            if seconds is None and has_text(line):
                 seconds = time.perf_counter() - begin
-                for _ in lines:  # to its end, so that the next question has the engine alone
-                    pass
-                return seconds
-    raise ServerError("an answer had no token")
+    usage_at_end(before, last, _ANSWER_TOKENS)
+    if seconds is None:
+        raise RequestFailed("an answer had no text")
+    return seconds
 
 
 def _cached(api: Api, messages: Sequence[Mapping[str, Any]], salt: str) -> tuple[int, int]:
@@ -503,7 +522,7 @@ def _texts(rng: random.Random, chunks: int, words: int) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 if a server did not start."""
+    """Run the command line; return 1 if a server did not start, or what it was asked for did not come whole."""
     given = _parser().parse_args(arguments)
     console.stop_in_order()
     try:
@@ -518,11 +537,11 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 measure = hybrid if given.what == "hybrid" else speed
                 measured = measure(Path(name), given.chunks, given.clients, given.searches, console.say)
-    except ServerError as problem:
+    except (ServerError, RequestFailed) as problem:
         print(f"benchmarks: {problem}", file=sys.stderr)
         return 1
     console.report(measured, given.json)
-    return 0
+    return 0 if good(measured) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

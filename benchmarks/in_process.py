@@ -26,7 +26,8 @@ from unittest import mock
 import uvloop
 
 from benchmarks import console
-from benchmarks.client import Load, bodies
+from benchmarks.client import Load, RequestFailed, bodies, usage_at_end
+from benchmarks.compare import quantile
 from benchmarks.servers import MODEL_NAME, make_model
 from benchmarks.stubs.__main__ import model_config
 from benchmarks.stubs.core import STEP_S
@@ -46,7 +47,7 @@ class Cost:
     Attributes:
         request_us: CPU microseconds of the whole process per request.
         events: Per request; fewer than tokens where a client was behind.
-        ttft_ms: Median.
+        ttft_ms: Median of those whose answers have text.
     """
 
     request_us: float
@@ -118,9 +119,14 @@ async def bare(model: ModelConfig) -> App:
     return app
 
 
-async def ask(app: App, body: bytes) -> tuple[int, float]:
-    """Send one request; return the events of its answer, and seconds to the first with text."""
-    begin, first, events, status = time.perf_counter(), 0.0, 0, 0
+async def ask(app: App, body: bytes, tokens: int) -> tuple[int, float | None]:
+    """Send one request; return the events of its answer, and seconds to the first with text.
+
+    Raises:
+        RequestFailed: The answer is not a whole one of so many tokens.
+    """
+    begin, first, events, status = time.perf_counter(), None, 0, 0
+    answer = bytearray()
     bodies, hung_up = [body], asyncio.Event()
 
     async def receive() -> dict[str, Any]:
@@ -134,7 +140,8 @@ async def ask(app: App, body: bytes) -> tuple[int, float]:
         status = message.get("status", status)
         data = message.get("body", b"")
         events += data.count(b"data: ")
-        if not first and b'"content":"' in data and b'"role"' not in data:
+        answer.extend(data)
+        if first is None and b'"content":"' in data and b'"role"' not in data:
             first = time.perf_counter() - begin
 
     path = "/v1/chat/completions"
@@ -143,7 +150,10 @@ async def ask(app: App, body: bytes) -> tuple[int, float]:
     scope |= {"raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers, "state": {}}
     await app({**scope, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}, receive, send)
     hung_up.set()
-    assert status == 200, status
+    if status != 200:
+        raise RequestFailed(f"HTTP {status} {answer[:120].decode(errors='replace')}")
+    *_, before, last, _ = [b"", b"", *bytes(answer).rsplit(b"\n\n", 3)]
+    usage_at_end(before, last, tokens)
     return events, first
 
 
@@ -151,14 +161,14 @@ async def load(app: App, clients: int, requests: int, tokens: int, seed: int) ->
     """Run closed-loop clients; return what that cost."""
     what = Load("", MODEL_NAME, clients, requests, tokens, seed=seed)
 
-    async def client(index: int) -> list[tuple[int, float]]:
-        return [await ask(app, body) for body in bodies(what, index)]
+    async def client(index: int) -> list[tuple[int, float | None]]:
+        return [await ask(app, body, tokens) for body in bodies(what, index)]
 
     spent = time.process_time()
     answers = [answer for each in await asyncio.gather(*map(client, range(clients))) for answer in each]
     spent = time.process_time() - spent
-    events, ttft = zip(*answers, strict=True)
-    return Cost(1e6 * spent / len(answers), sum(events) / len(answers), 1000 * statistics.median(ttft))
+    ttft = [first for _, first in answers if first is not None]
+    return Cost(1e6 * spent / len(answers), sum(n for n, _ in answers) / len(answers), 1000 * quantile(ttft, 50))
 
 
 async def run(rounds: int) -> dict[str, Any]:
@@ -187,14 +197,18 @@ async def run(rounds: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line."""
+    """Run the command line; return 1 if an answer did not come whole: nothing may fail here."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.in_process", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     console.add_json(parser)
     given = parser.parse_args(arguments)
     os.environ |= {"VLLM_TARGET_DEVICE": "cpu", STEP_S: "0"}
-    with contextlib.redirect_stdout(sys.stderr):  # vLLM's log
-        cases = uvloop.run(run(given.rounds))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # vLLM's log
+            cases = uvloop.run(run(given.rounds))
+    except RequestFailed as problem:
+        print(f"benchmarks: {problem}", file=sys.stderr)
+        return 1
     print(f"{'':<34}{'router':>10}{'bare':>10}{'ratio':>8}")
     for case, by_app in cases.items():
         clients, _, tokens = CASES[case]

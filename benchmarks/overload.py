@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ import psutil
 import uvloop
 
 from benchmarks import console
-from benchmarks.client import WORDS, go_first
+from benchmarks.client import WORDS, RequestFailed, go_first, usage_at_end
 from benchmarks.memory import NoRouter, routers
 from benchmarks.servers import MODEL_NAME, EngineSettings, Groundswell, ServerError, has_cuda_build, make_model
 from benchmarks.servers import settings as engine_settings
@@ -234,10 +234,15 @@ async def _pace(session: aiohttp.ClientSession, options: Options) -> float:
         return [await send(session, options.url, options.model, options.tokens, seed) for seed in seeds]
 
     answers = [a for each in await asyncio.gather(*map(client, range(options.capacity))) for a in each]
+    all_whole(answers)
+    return len(answers) / (time.perf_counter() - started)
+
+
+def all_whole(answers: Iterable[Answer]) -> None:
+    """Raise `ServerError` unless all of these came back whole."""
     lost = [answer.broken or "refused" for answer in answers if answer.ttft_s is None]
     if lost:
         raise ServerError(f"requests failed while nothing was overloaded: {lost[0]}")
-    return len(answers) / (time.perf_counter() - started)
 
 
 async def send(session: aiohttp.ClientSession, url: str, model: str, tokens: int, seed: str) -> Answer:
@@ -249,28 +254,30 @@ async def send(session: aiohttp.ClientSession, url: str, model: str, tokens: int
         "min_tokens": tokens,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
     started = time.perf_counter()
     first_s = last_s = 0.0
-    last = b""
+    before, last = b"", b""
     try:
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:
-            if response.status in (429, 503):
+            if response.status == 429:
                 await response.read()
                 return Answer(retry_after_s=_retry_after(response))
             if response.status != 200:
-                raise ValueError(f"HTTP {response.status}")
+                raise ValueError(f"HTTP {response.status} {(await response.text())[:80]}")
             async for line in response.content:
                 if line.startswith(b"data: "):
-                    last = line
+                    before, last = last, line.strip()
                     if line.startswith(b'data: {"error"'):
                         raise ValueError(f"a stream that had begun ended in {line[6:]!r}")
                     if b'"content":"' in line and b'"content":""' not in line:
                         last_s = time.perf_counter()
                         first_s = first_s or last_s
-        if last.strip() != b"data: [DONE]" or not first_s:
-            raise ValueError(f"the stream ended with {last[:80]!r}")
-    except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+        usage_at_end(before, last, tokens)
+        if not first_s:
+            raise RequestFailed("an answer without text")
+    except (aiohttp.ClientError, TimeoutError, RequestFailed, ValueError, OSError) as error:
         return Answer(broken=f"{type(error).__name__}: {error}"[:160])
     return Answer(first_s - started, (last_s - first_s) / (tokens - 1) if tokens > 1 else 0.0)
 
@@ -279,7 +286,7 @@ def _retry_after(response: aiohttp.ClientResponse) -> float:
     try:
         return float(response.headers["retry-after"])
     except (KeyError, ValueError):
-        raise ValueError(f"HTTP {response.status} without a Retry-After in seconds") from None
+        raise ValueError("HTTP 429 without a Retry-After in seconds") from None
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -424,7 +431,7 @@ def as_json(options: Options, measured: Measured) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 1 if it did not come to its end, or a request was neither answered nor refused.
 
-    A refusal counts as one only where it came before any stream, with a Retry-After.
+    A refusal counts as one only where it came before any stream, as a 429 with a Retry-After.
     """
     given = _parser().parse_args(arguments)
     console.stop_in_order()

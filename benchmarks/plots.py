@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -40,4 +41,4 @@ def draw(numbers: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _middle(value: float | list[float]) -> float:
-    return sorted(value)[len(value) // 2] if isinstance(value, list) else value
+    return statistics.median(value) if isinstance(value, list) else value

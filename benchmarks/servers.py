@@ -22,6 +22,8 @@ from typing import Any
 
 import psutil
 
+from deployments.config import MAX_NUM_SEQS
+
 ROOT = Path(__file__).parents[1]
 MODEL_NAME = "tiny"
 START_LIMIT_S = 600.0
@@ -63,7 +65,9 @@ def settings(model: Path, *, gpu: bool, max_model_len: int = 2048) -> EngineSett
         gpu: Whether engines run on a GPU.
         max_model_len: Tokens of a prompt and its answer.
     """
-    shared = {"model": str(model), "served_model_name": MODEL_NAME, "max_model_len": max_model_len}
+    # Left to each, the batch would be 256 in ours, and in vLLM's own server what it finds fit for the device.
+    sizes = {"max_model_len": max_model_len, "max_num_seqs": MAX_NUM_SEQS}
+    shared = {"model": str(model), "served_model_name": MODEL_NAME, **sizes}
     if gpu:
         return EngineSettings({**shared, "gpu_memory_utilization": 0.4}, {})
     return EngineSettings(

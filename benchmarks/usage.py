@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -62,11 +62,11 @@ class Meter:
 
     Args:
         processes: Returns the processes to measure; asked again at each sample, for new ones.
-        interval_s: Between two samples of resident memory.
+        interval_s: Between two samples of resident memory; the first is taken as the block begins, the last as it ends.
 
     Attributes:
         cpu_s: CPU seconds by name, within the block.
-        peak_rss_bytes: By name; the largest process, where several have the same name. Shared pages count in each.
+        peak_rss_bytes: By name; of all processes of one name together, at one moment. Shared pages count in each.
     """
 
     def __init__(self, processes: Callable[[], list[psutil.Process]], interval_s: float = 0.5) -> None:
@@ -78,9 +78,8 @@ class Meter:
         self.peak_rss_bytes: dict[str, int] = {}
 
     def __enter__(self) -> Meter:
-        self._family = self._processes()
-        self._before = cpu_seconds(self._family)
-        self._names = {process: name(process) for process in self._family}
+        self._look()
+        self._before = cpu_seconds(self._processes())
         self._thread.start()
         return self
 
@@ -88,13 +87,19 @@ class Meter:
         self._done.set()
         self._thread.join()
         after = cpu_seconds(self._processes())
+        self._look()
         self.cpu_s = by_name({process: spent - self._before.get(process, 0.0) for process, spent in after.items()})
 
     def _sample(self) -> None:
         while not self._done.wait(self._interval_s):
-            for process, title in self._names.items():
-                try:
-                    rss = process.memory_info().rss
-                except psutil.Error:
-                    continue
-                self.peak_rss_bytes[title] = max(rss, self.peak_rss_bytes.get(title, 0))
+            self._look()
+
+    def _look(self) -> None:
+        rss: Counter[str] = Counter()
+        for process in self._processes():
+            try:
+                rss[name(process)] += process.memory_info().rss
+            except psutil.Error:  # it has ended
+                continue
+        for title, together in rss.items():
+            self.peak_rss_bytes[title] = max(together, self.peak_rss_bytes.get(title, 0))

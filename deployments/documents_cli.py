@@ -10,9 +10,10 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -197,38 +198,26 @@ class Bar:
 
 def ingest(server: Server, options: argparse.Namespace) -> int:
     """Upload files, attach them to a store, wait until they are indexed. Begin again after a break where it was."""
-    documents, skipped = [], []
-    for path, name in found(options.paths):
-        if has_no_text(name) and path not in options.paths:  # who names a picture is told why it cannot be read
-            skipped.append(name)
-        else:
-            documents.append(Document(path, name[-512:], digest(path)))
+    documents, skipped = _documents(options.paths)
     store = server.store(options.store, create=True)
-    present = {str(f["attributes"].get("path")): f for f in server.listed(f"vector_stores/{store}/files")}
-    todo = [d for d in documents if not _is_there(present.get(d.name), d)]
+    versions = _versions(server, store)
+    todo = [d for d in documents if not any(_is_there(file, d) for file in versions.get(d.name, ()))]
     bar = Bar(sys.stderr)
     problems: dict[str, str] = {}
-    with ThreadPoolExecutor(options.parallel) as pool:
-        sending = {pool.submit(_send, server, store, d, present.get(d.name)): d for d in todo}
-        try:
-            for done, sent in enumerate(as_completed(sending), start=1):
-                if (error := sent.exception()) is not None:
-                    if not isinstance(error, Failure):
-                        raise error
-                    problems[sending[sent].name] = str(error)
-                bar.show("uploading", done, len(todo), f"{len(problems)} failed" if problems else "")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    if todo:
-        bar.end()
+    work = [(d.name, partial(_send, server, store, d)) for d in todo]
+    _in_parallel("uploading", work, options.parallel, bar, problems)
     _wait(server, store, bar)
-    names = {document.name for document in documents}
-    states = [f for f in server.listed(f"vector_stores/{store}/files") if f["attributes"].get("path") in names]
-    for file in states:
-        if file["status"] == "failed":
-            problems[file["attributes"]["path"]] = (file["last_error"] or {}).get("message", "")
-    completed = sum(file["status"] == "completed" for file in states)
+    versions = _versions(server, store)
+    completed, deletions = 0, []
+    for document in documents:
+        here = versions.get(document.name, [])
+        state, former = _settled(here, document)
+        completed += state is not None and state["status"] == "completed"
+        if state is not None and state["status"] == "failed":
+            stays = " (the former version stays)" if any(f["status"] == "completed" for f in here) else ""
+            problems[document.name] = (state["last_error"] or {}).get("message", "") + stays
+        deletions += [(document.name, partial(server.call, "DELETE", f"files/{file['id']}")) for file in former]
+    _in_parallel("replacing", deletions, options.parallel, bar, problems)
     print(f"{completed} files in {options.store} ({store}), {len(documents) - len(todo)} of them were there before")
     if skipped:
         print(f"  skipped {len(skipped)} without text: {', '.join(skipped[:5])}{', …' if len(skipped) > 5 else ''}")
@@ -237,18 +226,76 @@ def ingest(server: Server, options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _is_there(file: Mapping[str, Any] | None, document: Document) -> bool:
-    if file is None or file["attributes"].get("sha256") != document.digest:
-        return False
-    return file["status"] in ("completed", "in_progress")
+def _documents(paths: list[Path]) -> tuple[list[Document], list[str]]:
+    """Return what is to be in the store, and the names of what is skipped.
+
+    Raises:
+        Failure: Two files would go by one name, and each would replace the other.
+    """
+    documents: dict[str, Document] = {}
+    skipped = []
+    for path, name in found(paths):
+        if has_no_text(name) and path not in paths:  # who names a picture is told why it cannot be read
+            skipped.append(name)
+            continue
+        name = name[-512:]
+        if (other := documents.get(name)) is None:
+            documents[name] = Document(path, name, digest(path))
+        elif not path.samefile(other.path):
+            raise Failure(f"{other.path} and {path} would both be {name!r} in the store: name a folder above both.")
+    return list(documents.values()), skipped
 
 
-def _send(server: Server, store: str, document: Document, former: Mapping[str, Any] | None) -> None:
+def _versions(server: Server, store: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the files of a store by path, of each the newest first."""
+    versions: dict[str, list[dict[str, Any]]] = {}
+    for file in server.listed(f"vector_stores/{store}/files"):
+        versions.setdefault(str(file["attributes"].get("path")), []).append(file)
+    return versions
+
+
+def _is_there(file: Mapping[str, Any], document: Document) -> bool:
+    return file["attributes"].get("sha256") == document.digest and file["status"] in ("completed", "in_progress")
+
+
+def _settled(versions: list[dict[str, Any]], document: Document) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return the version that is the document, and those that it replaces.
+
+    One that cannot be read replaces those of its kind alone: the last that could be read stays.
+    """
+    mine = [file for file in versions if file["attributes"].get("sha256") == document.digest]
+    readable = [file for file in versions if file["status"] == "completed"]
+    current = next((file for file in mine if file in readable), mine[0] if mine else None)
+    if current is None:
+        return None, []
+    kept = [current] if current in readable else [current, *readable[:1]]
+    return current, [file for file in versions if file not in kept and file["status"] != "in_progress"]
+
+
+def _send(server: Server, store: str, document: Document) -> None:
     file = server.upload(document.path)
     attributes = {"path": document.name, "sha256": document.digest}
     server.call("POST", f"vector_stores/{store}/files", json={"file_id": file, "attributes": attributes})
-    if former is not None:
-        server.call("DELETE", f"files/{former['id']}")
+
+
+def _in_parallel(
+    what: str, work: Sequence[tuple[str, Callable[[], object]]], at_once: int, bar: Bar, problems: dict[str, str]
+) -> None:
+    """Do work for documents, given by name, and note the problems of those for which it fails."""
+    with ThreadPoolExecutor(at_once) as pool:
+        doing = {pool.submit(do): name for name, do in work}
+        try:
+            for done, each in enumerate(as_completed(doing), start=1):
+                if (error := each.exception()) is not None:
+                    if not isinstance(error, Failure):
+                        raise error
+                    problems[doing[each]] = str(error)
+                bar.show(what, done, len(work), f"{len(problems)} failed" if problems else "")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if work:
+        bar.end()
 
 
 def _wait(server: Server, store: str, bar: Bar) -> None:

@@ -21,7 +21,7 @@ from deployments.fleet.autoscaling import Waits
 from deployments.fleet.channel import ChannelError, EngineEnd, Link, Metrics
 from deployments.metrics import RayMetrics
 from deployments.outcomes import Refusal, outcome_of
-from deployments.outline import outline
+from deployments.outline import options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +146,7 @@ def gpus_of(assigned: Mapping[str, float]) -> float:
 
 def has_workers_elsewhere(model: ModelConfig) -> bool:
     """Whether its GPUs are held by Ray actors of vLLM's, and not by the replica's own."""
-    return outline(model).executor == "ray"
+    return options(model).get("distributed_executor_backend") == "ray"
 
 
 class Engine:

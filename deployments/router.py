@@ -26,6 +26,7 @@ from deployments.fleet.replica_watch import watch
 from deployments.fleet.view import Cached, Deployment, View, deployments_of
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.file_search import Retriever
+from deployments.grounding.layout import escaper
 from deployments.metrics import NodeMetrics, RayMetrics, endpoint_of_this_node
 from deployments.serve_calls import Calls, ServeDetails
 from deployments.tracing import TracedApp, Tracing
@@ -113,8 +114,15 @@ class Router:
             return grounded(await model.app(), model, assistant)
 
         def grounded(app: App, model: _Model, assistant: AssistantConfig | None) -> App:
-            config = self._config.grounding
-            return GroundedApp(app, model.limits(), retriever, config, metrics=self._metrics, assistant=assistant)
+            return GroundedApp(
+                app,
+                model.limits(),
+                retriever,
+                self._config.grounding,
+                metrics=self._metrics,
+                assistant=assistant,
+                owner_of=str if self._keys is None else self._keys.owner_of,
+            )
 
         dispatcher = Dispatcher(
             resolve,
@@ -384,7 +392,7 @@ class _Model:
     async def _build(self, description: m.EngineDescription | None) -> None:
         from deployments.seam.args import speculates
         from deployments.seam.engine_client import FleetClient
-        from deployments.seam.frontend import build_model_app, token_counter
+        from deployments.seam.frontend import build_model_app, special_tokens, token_counter
 
         async with self._lock:
             if self.built is not None:
@@ -394,8 +402,13 @@ class _Model:
                 self._vllm_config.model_config.max_model_len = description.max_model_len
                 tasks = description.supported_tasks
             client = FleetClient(self.fleet, self._vllm_config, tasks, self._stamps, speculates=speculates(self._args))
-            context = client.model_config.max_model_len
-            self._limits = Limits(self.name, client.let_in, token_counter(client), context)
+            self._limits = Limits(
+                self.name,
+                client.let_in,
+                token_counter(client),
+                client.model_config.max_model_len,
+                escaper(special_tokens(client)),
+            )
             self.built = await build_model_app(self._args, client)
 
     def _on_replicas(self, replicas: frozenset[str]) -> None:

@@ -26,10 +26,8 @@ import uvloop
 
 from benchmarks.servers import MODEL_NAME
 from benchmarks.stubs.local import LocalCalls, serve_engine
-from deployments.config import AppConfig, FleetConfig, ModelConfig
+from deployments.config import MAX_NUM_SEQS, AppConfig, FleetConfig, ModelConfig
 from deployments.launch.processes import die_with_parent
-
-MAX_NUM_SEQS = 256
 
 
 def model_config(folder: str) -> ModelConfig:
@@ -165,7 +163,7 @@ def main(arguments: list[str]) -> None:
         from benchmarks.stubs.core import install
 
         install()
-        sys.argv = ["api_server", *rest]
+        sys.argv = ["api_server", *rest, "--disable-uvicorn-access-log"]  # the Router above has none either
         runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
         return
     folder, *rest = rest

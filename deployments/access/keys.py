@@ -146,6 +146,11 @@ class KeyRing:
     def holders(self) -> Mapping[str, KeyHolder]:
         return self._keys.holders
 
+    def owner_of(self, name: str) -> str | None:
+        """Return whose files and vector stores a key of this name sees, or saw before it was revoked."""
+        holder = self.holders.get(name)
+        return name if holder is None else holder.owner
+
     def refresh(self) -> bool:
         """Read the file again if it has changed; return whether the keys have."""
         stamp = self._stamp()

@@ -34,7 +34,7 @@ from deployments.grounding.file_search import (
     text_of,
     tokens_besides_passages,
 )
-from deployments.grounding.layout import Layout, Passage, lay_out
+from deployments.grounding.layout import Layout, Passage, escape_tags, lay_out
 from deployments.grounding.sse import EventSplitter
 from deployments.retrieval.records import Hit
 
@@ -87,12 +87,14 @@ class Limits:
         let_in: Lets a request of so many sequences in before anything is done for it, or raises `PublicError`.
         count_tokens: Counts the tokens of a text; called in threads.
         max_model_len: How many tokens prompt and answer may have together.
+        escape: Breaks up the model's special tokens in a document; see `layout.escaper`.
     """
 
     model: str
     let_in: Callable[[int], None]
     count_tokens: Callable[[str], int]
     max_model_len: int
+    escape: Callable[[str], str] = escape_tags
 
 
 class GroundedApp:
@@ -102,6 +104,7 @@ class GroundedApp:
         app: The model's own app.
         retriever: Where documents are searched; None where there are none.
         assistant: Stores that are searched for each question, under a name of their own.
+        owner_of: Says whose files and vector stores a key of this name sees; None is nobody's.
     """
 
     def __init__(
@@ -113,10 +116,11 @@ class GroundedApp:
         *,
         metrics: Metrics,
         assistant: AssistantConfig | None = None,
+        owner_of: Callable[[str], str | None] = lambda name: name,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._app, self._limits, self._retriever, self._config = app, limits, retriever, config
-        self._assistant, self._metrics, self._clock = assistant, metrics, clock
+        self._assistant, self._owner_of, self._metrics, self._clock = assistant, owner_of, metrics, clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         api = _APIS.get(scope["path"]) if scope["method"] == "POST" else None
@@ -203,7 +207,8 @@ class GroundedApp:
         answer = api.output_tokens(body) or min(config.output_reserve_tokens, context // 4)
         room = context - answer - tokens_besides_passages(messages, body.get("tools"), limits.count_tokens)
         passages = [Passage(hit.file_id, hit.filename, hit.position, hit.text, hit.score) for hit in found]
-        layout = lay_out(messages, passages, min(room, config.max_passage_tokens), limits.count_tokens)
+        budget = min(room, config.max_passage_tokens)
+        layout = lay_out(messages, passages, budget, limits.count_tokens, limits.escape)
         if passages and not layout.ids:
             raise BadRequest(
                 f"No passage fits: of the model's {context} tokens, {answer} are kept for the answer and "
@@ -256,11 +261,13 @@ class GroundedApp:
 
     async def _find(self, retriever: Retriever, search: FileSearch, query: str) -> Sequence[Hit]:
         """Search each store as its owner: an assistant's may be another's than those of the key that asks."""
-        assistant, asking = self._assistant, request_scope.owner()
+        assistant, lent = self._assistant, tuple[str, ...]()
+        lender = owner = request_scope.owner()
+        if assistant is not None and assistant.owner is not None:
+            lender, lent = self._owner_of(assistant.owner), assistant.vector_store_ids
         by_owner: dict[str | None, list[str]] = {}
         for store in search.vector_store_ids:
-            lent = assistant is not None and assistant.owner is not None and store in assistant.vector_store_ids
-            by_owner.setdefault(assistant.owner if assistant is not None and lent else asking, []).append(store)
+            by_owner.setdefault(lender if store in lent else owner, []).append(store)
         most = search.max_num_results or self._config.max_num_results
         options: dict[str, Any] = {"max_results": most, "filters": search.filters, "ranking": search.ranking()}
         searches = (retriever.search(owner, stores, [query], **options) for owner, stores in by_owner.items())

@@ -1,7 +1,7 @@
 """How passages are laid into a conversation. Pure: it knows neither retrieval nor any engine.
 
 The small model in `models/groundling` was trained on exactly these bytes: to change them, other than the choice of
-ids, is to train it again.
+ids and what becomes of special tokens in documents, is to train it again.
 
 A prompt that shares its beginning with another one shares its KV cache too. So what comes first never changes: first
 the constant instructions, then the history as it was, and only in the last user message the passages, then the
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,9 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _DIGITS = "0123456789"
 _ID_ALPHABETS = (_LETTERS, _DIGITS, _LETTERS, _DIGITS)  # one token a character where digits stand alone
 
-_TAG_OR_SPECIAL_TOKEN = re.compile(r"<(?=\s*/?\s*passage\b|\|)", re.IGNORECASE)
+_TAG = r"(?i:<(?=\s*/?\s*passage\b|\|))"
+_FRAME = '<passage id="" source="">\n\n</passage>\n'
+_WORDS_OR_BLANKS = re.compile(r"[\w\s]*")
 _NOT_IN_A_SOURCE = re.compile(r'["<>\x00-\x1f\x7f\u0085\u2028\u2029]+')
 
 
@@ -60,11 +62,31 @@ class Layout:
     ids: Mapping[str, Passage]
 
 
+def escaper(special_tokens: Iterable[str] = ()) -> Callable[[str], str]:
+    """Return what breaks up the tags of a passage, and a model's special tokens, wherever a text has them.
+
+    A tokenizer finds those in any text: a document could end the user's turn with one and speak as somebody else.
+    What the layout is made of itself stays, for it means nothing without a tag, and so do words and blanks that were
+    added to a vocabulary.
+    """
+    rests: dict[str, list[str]] = {}
+    for token in sorted({token.strip() for token in special_tokens}):
+        if len(token) > 1 and token not in _FRAME and not _WORDS_OR_BLANKS.fullmatch(token):
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    alternatives = (f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
+    begins = re.compile("|".join([_TAG, *alternatives]))
+    return lambda text: begins.sub(lambda found: "&lt;" if found[0] == "<" else f"&#{ord(found[0])};", text)
+
+
+escape_tags = escaper()
+
+
 def lay_out(
     messages: Sequence[Message],
     passages: Sequence[Passage],
     budget_tokens: int,
     count_tokens: Callable[[str], int],
+    escape: Callable[[str], str] = escape_tags,
 ) -> Layout:
     """Lay passages into a conversation.
 
@@ -74,6 +96,7 @@ def lay_out(
         passages: Those found, in any order. The same chunk twice counts once, with its better score.
         budget_tokens: For the passages as rendered. Whole passages are left out: the best ones are taken as they fit.
         count_tokens: Counts the tokens of a text.
+        escape: Breaks up what no document may say to this model; see `escaper`.
 
     Returns:
         New messages; `messages` itself is not changed.
@@ -84,9 +107,11 @@ def lay_out(
     question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if question is None:
         raise ValueError("a grounded conversation needs a message of the user")
-    kept = _within_budget(passages, budget_tokens, count_tokens)
+    kept = _within_budget(
+        passages, budget_tokens, lambda each: count_tokens(render_passage(passage_id(each), each, escape) + "\n")
+    )
     ids = _ids(kept)
-    block = "\n".join(render_passage(id_, passage) for id_, passage in ids.items()) or NO_PASSAGES
+    block = "\n".join(render_passage(id_, passage, escape) for id_, passage in ids.items()) or NO_PASSAGES
 
     systems = 0
     while messages[systems]["role"] in ("system", "developer"):
@@ -98,10 +123,10 @@ def lay_out(
     return Layout(laid_out, ids)
 
 
-def render_passage(id_: str, passage: Passage) -> str:
+def render_passage(id_: str, passage: Passage, escape: Callable[[str], str] = escape_tags) -> str:
     """Return the passage as the model sees it. Nothing in it can end it early or pass for another one."""
-    source = _NOT_IN_A_SOURCE.sub(" ", passage.filename).strip()
-    text = _TAG_OR_SPECIAL_TOKEN.sub("&lt;", passage.text.strip())
+    source = escape(_NOT_IN_A_SOURCE.sub(" ", passage.filename).strip())
+    text = escape(passage.text.strip())
     return f'<passage id="{id_}" source="{source}">\n{text}\n</passage>'
 
 
@@ -121,9 +146,7 @@ def passage_id(passage: Passage, attempt: int = 0) -> str:
     return "".join(characters)
 
 
-def _within_budget(
-    passages: Sequence[Passage], budget_tokens: int, count_tokens: Callable[[str], int]
-) -> list[Passage]:
+def _within_budget(passages: Sequence[Passage], budget_tokens: int, cost_of: Callable[[Passage], int]) -> list[Passage]:
     """Return the passages that are taken, in the order of their documents."""
     best_first = sorted(passages, key=lambda passage: (-passage.score, _place(passage)))
     chosen: dict[tuple[str, int, str], Passage] = {}
@@ -131,7 +154,7 @@ def _within_budget(
     for passage in best_first:
         if _place(passage) in chosen:
             continue
-        cost = count_tokens(render_passage(passage_id(passage), passage) + "\n")
+        cost = cost_of(passage)
         if cost <= left:
             chosen[_place(passage)] = passage
             left -= cost

@@ -59,7 +59,7 @@ class Settings:
     page: bool = True
 
     def to_json(self) -> str:
-        """Return the settings as the driver's argument."""
+        """Return the settings as the driver reads them from its standard input."""
         return json.dumps(asdict(self))
 
 
@@ -142,7 +142,7 @@ def serve(settings: Settings) -> None:
     begin = time.monotonic()
     _say(begin, "starting Ray")
     _start_ray(settings)
-    client = _start_serve(settings)
+    client = _start_serve(_fitted(settings.config, begin))
     _say(begin, "loading")
     _wait_until_running(client, begin, Path(settings.folder) / "ray" / "session_latest" / "logs")
     _wait_until_healthy(settings.url)
@@ -171,7 +171,20 @@ def _start_ray(settings: Settings) -> None:
         raise CannotStart(f"Ray did not start: {cause(str(error))}.") from error
 
 
-def _start_serve(settings: Settings) -> Any:
+def _fitted(config: dict[str, Any], begin: float) -> dict[str, Any]:
+    """Return the config with no more engines than Ray has found GPUs for."""
+    import ray
+
+    from deployments.launch import gpus
+    from deployments.outline import has_cuda_build
+
+    fitted, sentences = gpus.fit(config, ray.cluster_resources().get("GPU", 0), gpu_build=has_cuda_build())
+    for sentence in sentences:
+        _say(begin, sentence)
+    return fitted
+
+
+def _start_serve(config: dict[str, Any]) -> Any:
     """Start Serve and hand it the config, as `serve run config.yaml` does; return Serve's client."""
     from pydantic import ValidationError
     from ray.serve._private.api import serve_start
@@ -179,7 +192,7 @@ def _start_serve(settings: Settings) -> Any:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        schema = ServeDeploySchema.model_validate(settings.config)
+        schema = ServeDeploySchema.model_validate(config)
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise CannotStart(f"The config is not a Serve config: {place}: {error.errors()[0]['msg']}.") from None
@@ -242,9 +255,9 @@ def _say(begin: float, what: str) -> None:
     print(f"{time.monotonic() - begin:4.0f} s  {what}", flush=True)
 
 
-def main(argument: str) -> int:
-    """Serve until killed; return 1 with a sentence in the run's folder if something fails."""
-    settings = Settings(**json.loads(argument))
+def main() -> int:
+    """Serve what standard input says until killed; return 1 with a sentence in the run's folder if something fails."""
+    settings = Settings(**json.load(sys.stdin))
     try:
         serve(settings)
     except CannotStart as error:
@@ -257,4 +270,4 @@ def main(argument: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

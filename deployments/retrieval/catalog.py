@@ -73,14 +73,14 @@ class Catalog:
     ) -> Page[VectorStoreFile]:
         """Return a page of a store's files: all, or those of one status, or of one batch."""
         await self._visible(owner, store_id)
-        where = f"store_id = {quoted(store_id)}"
+        only = []
         if status is not None:
-            where += f" AND status = {quoted(status)}"
+            only.append(f"status = {quoted(status)}")
         if batch_id is not None:
             if await self._reader.batch(store_id, batch_id) is None:
                 raise no_batch(batch_id)
-            where += f" AND batch_id = {quoted(batch_id)}"
-        return await self._reader.page(MEMBERS, where, page)
+            only.append(f"batch_id = {quoted(batch_id)}")
+        return await self._reader.page(MEMBERS, f"store_id = {quoted(store_id)}", page, " AND ".join(only) or None)
 
     async def member(self, owner: str | None, store_id: str, file_id: str) -> VectorStoreFile:
         """Return a file of a store."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from deployments.retrieval.records import Chunk, Chunking
@@ -126,13 +127,14 @@ def _at_least(text: str, tokens: int) -> int:
 
 def _parts(text: str, start: int, end: int, strength: int, max_tokens: int, count: CountTokens) -> Iterator[_Atom]:
     """Yield a sentence that is too long by itself as runs of words, each short enough."""
-    spans = [m.span() for m in _WORDS.finditer(text, start, end)]
-    counts = count([text[s:e] for s, e in spans])
-    for (word_start, word_end), counted in zip(spans, counts, strict=True):
-        tokens = _at_least(text[word_start:word_end], counted)
-        if tokens <= max_tokens:
-            yield _Atom(word_start, word_end, tokens, strength)
-        else:  # 32 characters of more than `max_tokens`: only with a tiny limit or a strange tokenizer
-            for i in range(word_start, word_end):
-                yield _Atom(i, i + 1, max(1, tokens // (word_end - word_start)), strength)
-        strength = _WORD
+    words = (m.span() for m in _WORDS.finditer(text, start, end))
+    while spans := list(islice(words, _COUNTED_TOGETHER)):  # a whole book may stand on one line
+        counts = count([text[s:e] for s, e in spans])
+        for (word_start, word_end), counted in zip(spans, counts, strict=True):
+            tokens = _at_least(text[word_start:word_end], counted)
+            if tokens <= max_tokens:
+                yield _Atom(word_start, word_end, tokens, strength)
+            else:  # 32 characters of more than `max_tokens`: only with a tiny limit or a strange tokenizer
+                for i in range(word_start, word_end):
+                    yield _Atom(i, i + 1, max(1, tokens // (word_end - word_start)), strength)
+            strength = _WORD

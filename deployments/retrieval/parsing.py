@@ -15,7 +15,9 @@ from typing import Final
 
 from deployments.retrieval.records import ErrorCode
 
-_MAX_DOCX_PART_BYTES: Final = 32 * 2**20  # of XML; pictures are not looked at
+_MAX_DOCX_PART_BYTES: Final = 32 * 2**20  # of XML
+_LEAST_SHRINKING: Final = 4  # of XML, and of bombs; pictures and films hardly shrink, and are not looked at
+_HEAD_BYTES: Final = 1024
 _OLE_MAGIC: Final = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _BOMS: Final = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -24,6 +26,24 @@ _BOMS: Final = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_READ_AS: Final = {  # as browsers do
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "big5": "big5hkscs",
+    "euc_kr": "cp949",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+}
+_DECLARABLE: Final = re.compile(
+    r"cp(125\d|866|874|932|949)|iso8859-\d+|koi8-[ru]|mac-(roman|cyrillic)|big5hkscs|euc_jp|gb18030"
+)
+_ASCII: Final = bytes(range(128))
+_STRAY_AS: Final = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(128, 256)}
+"""What is read for a byte that "surrogateescape" has left."""
 _BINARY: Final = {
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
@@ -61,7 +81,7 @@ def text_of(path: Path, filename: str, *, max_chars: int) -> str:
         Unreadable: It is broken, empty, too long, or of a kind that is not read.
     """
     with path.open("rb") as file:
-        head = file.read(1024)
+        head = file.read(_HEAD_BYTES)
     if not head:
         raise Unreadable("invalid_file", "The file is empty.")
     suffix = Path(filename.lower()).suffix
@@ -95,7 +115,9 @@ def text_of(path: Path, filename: str, *, max_chars: int) -> str:
 
 
 def decoded(data: bytes) -> str:
-    """Return text bytes as text: by their mark, as UTF-8, or as Latin script of one byte a character.
+    """Return text bytes as text: by their mark, as UTF-8, as they say themselves, or as Latin of one byte a character.
+
+    UTF-8 may have strays among its characters, as where files were joined or cut: they too are read as Latin.
 
     Raises:
         Unreadable: They are not text, or in an encoding that cannot be told.
@@ -110,10 +132,30 @@ def decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        high = sum(1 for byte in sample if byte >= 0x80)
-        if high > 0.3 * len(sample):
-            raise Unreadable("unsupported_file", "The file's encoding is not known: save it as UTF-8.") from None
-        return data.decode("cp1252", "replace")
+        text = data.decode("utf-8", "surrogateescape")
+    strays = len(data) - len(text.encode("utf-8", "ignore"))
+    high = len(data.translate(None, _ASCII))
+    others = len(text) - (len(data) - high) - strays
+    if strays <= others:
+        return text.translate(_STRAY_AS)
+    if (declared := _declared(data)) is not None:
+        return data.decode(declared, "replace")
+    if high > 0.3 * len(data):
+        raise Unreadable("unsupported_file", "The file's encoding is not known: save it as UTF-8.")
+    return data.decode("cp1252", "replace")
+
+
+def _declared(data: bytes) -> str | None:
+    """Return the encoding that a page or an XML file names in its beginning, if it is one that browsers know."""
+    from bs4.dammit import EncodingDetector
+
+    label = EncodingDetector.find_declared_encoding(data[:_HEAD_BYTES], is_html=True)
+    try:
+        encoding = codecs.lookup(label or "").name
+    except LookupError:
+        return None
+    encoding = _READ_AS.get(encoding, encoding)
+    return encoding if _DECLARABLE.fullmatch(encoding) else None
 
 
 def _joined(pieces: Iterator[str], max_chars: int) -> str:
@@ -163,7 +205,10 @@ def _docx(path: Path) -> str:
             for part in archive.infolist():
                 if part.flag_bits & 1:
                     raise Unreadable("unsupported_file", "The .docx is protected: save it without a password.")
-                if part.file_size > _MAX_DOCX_PART_BYTES:
+                is_text = part.filename.endswith((".xml", ".rels")) or (
+                    part.file_size > _LEAST_SHRINKING * part.compress_size  # any part can be named as the document
+                )
+                if is_text and part.file_size > _MAX_DOCX_PART_BYTES:
                     size = f"{part.file_size:,} bytes"
                     raise Unreadable("invalid_file", f"The .docx unpacks to {size}, which is more than is read.")
         with path.open("rb") as file:

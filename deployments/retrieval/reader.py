@@ -125,8 +125,14 @@ class Reader:
             query = query.order_by([ColumnOrdering(column_name="created_us", ascending=order == "asc")])
         return table.records(await query.limit(limit if limit is not None else 2**31 - 1).to_list())
 
-    async def page(self, table: Table[R], where: str, request: PageRequest) -> Page[R]:
+    async def page(self, table: Table[R], where: str, request: PageRequest, only: str | None = None) -> Page[R]:
         """Return one page of a list, in order of creation.
+
+        Args:
+            table: The kind of record.
+            where: Which list: `after` and `before` name anything in it.
+            request: Which page.
+            only: What of the list is shown. States change between two pages: what a cursor names need not meet it.
 
         Raises:
             NotFound: `after` or `before` names nothing in the list.
@@ -139,6 +145,8 @@ class Reader:
                 raise NotFound(f"`{param}` names nothing in this list: {cursor[:100]!r}.", param=param)
             forward = ascending == bool(request.after)
             where = f"({where}) AND created_us {'>' if forward else '<'} {at[0].created_us}"
+        if only is not None:
+            where = f"({where}) AND ({only})"
         backward = request.before is not None and request.after is None
         order = "asc" if ascending != backward else "desc"
         found = await self.select(table, where, limit=request.limit + 1, order=order)

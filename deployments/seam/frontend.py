@@ -177,6 +177,12 @@ async def list_models(app: FastAPI) -> list[dict[str, Any]]:
     return [card.model_dump() for card in listed.data]
 
 
+def special_tokens(client: FleetClient) -> set[str]:
+    """Return the texts that the model's tokenizer takes for one token wherever they stand, as those between turns."""
+    tokenizer = client.renderer.tokenizer
+    return set() if tokenizer is None else {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+
+
 def token_counter(client: FleetClient) -> Callable[[str], int]:
     """Return a function that counts a text's tokens, in any thread, and remembers: the same passages come again.
 

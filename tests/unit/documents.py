@@ -60,11 +60,14 @@ def docx(paragraphs: list[tuple[str, str]], table: list[list[str]] | None = None
     return out.getvalue()
 
 
-def zip_bomb(unpacked_bytes: int) -> bytes:
-    """Return a .docx of a thousandth of what it unpacks to."""
+def zip_bomb(unpacked_bytes: int, part: str = "word/document.xml") -> bytes:
+    """Return a .docx of a thousandth of what one of its parts unpacks to."""
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("word/document.xml", "w") as part:
-        part.write(b"<w:document xmlns:w='w'><w:body><w:p><w:t>")
-        for _ in range(unpacked_bytes >> 20):
-            part.write(b" " * 2**20)
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        if part != "word/document.xml":
+            archive.writestr("word/document.xml", "")
+        with archive.open(part, "w") as bomb:
+            bomb.write(b"<w:document xmlns:w='w'><w:body><w:p><w:t>")
+            for _ in range(unpacked_bytes >> 20):
+                bomb.write(b" " * 2**20)
     return out.getvalue()

@@ -31,6 +31,7 @@ from benchmarks.chaos import (
     judge,
     likelier,
 )
+from tests.unit.stub_server import served
 
 CLIENTS, TOKENS = 4, 40
 UNDISTURBED = Answer([1, 2, 3], "one two three", 3, [0.0, 1.0, 2.0], 200)
@@ -101,7 +102,7 @@ def test_rows_of_a_fault_add_up() -> None:
 
 def test_how_soon_places_were_free_is_told_by_its_median_and_its_worst() -> None:
     rows = {"decode": Row(injected=3, in_flight=9, free_after=(0.8, 1.9, 0.9))}
-    assert "| decode | 3 | 9 |  |  | 0 | 0 | 0 | 0 |  |  | 0.9, 1.9 |  |" in chaos.table(rows)
+    assert "| decode | 3 | 0 | 9 |  |  | 0 | 0 | 0 | 0 |  |  | 0.9, 1.9 |  |" in chaos.table(rows)
 
 
 def test_only_a_routers_death_may_break_streams_and_what_hit_nobody_is_not_good() -> None:
@@ -115,6 +116,17 @@ def test_only_a_routers_death_may_break_streams_and_what_hit_nobody_is_not_good(
     assert good({"decode": left})
     assert not good({"decode": left + Row(free_after=(chaos.PROMISED_FREE_S + chaos.SEEN_LATE_S + 0.1,))})
     assert not good({})
+
+
+def test_a_fault_that_was_left_out_is_shown_and_only_want_of_time_excuses_it() -> None:
+    hit = Row(injected=1, in_flight=8, continued=4)
+    late, missing = Row(left_out=4), Row(no_victim=1)
+    assert good({"actor": hit, "core": late, "hang": hit + late})
+    assert not good({"core": late}), "nothing was seen"
+    for bad in (missing, hit + missing, late + missing, Row()):
+        assert not good({"actor": hit, "core": bad})
+    shown = chaos.table({"core": late, "worker": hit + missing}).splitlines()
+    assert [line.split(" | ")[:3] for line in shown[-2:]] == [["| core", "0", "4"], ["| worker", "1", "1"]]
 
 
 def test_a_full_run_loses_twenty_engines_and_begins_with_each_fault_once() -> None:
@@ -223,15 +235,8 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StubHouse]:
     monkeypatch.setattr(chaos, "METRICS_LAG_S", 0.0)
     monkeypatch.setattr(chaos, "LONGEST_METRICS_LAG_S", 0.0)
     stub = StubHouse()
-    app = web.Application()
-    app.router.add_post("/v1/completions", stub.complete)
-    runner = web.AppRunner(app, handler_cancellation=True)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield stub
-    await runner.cleanup()
+    async with served(stub.complete, "/v1/completions") as stub.url:
+        yield stub
 
 
 async def ran(house: StubHouse, *faults: str, until: float | None = None) -> tuple[dict[str, Row], list[str]]:
@@ -249,10 +254,11 @@ async def test_faults_strike_while_all_streams_run_and_are_counted_each_by_itsel
 
     house.on_fault = on_fault
     rows, said = await ran(house, "actor", "worker", "actor")
-    assert set(rows) == {"actor"}
+    assert rows["worker"] == Row(no_victim=1)
     assert (rows["actor"].injected, rows["actor"].continued) == (2, 4)
     assert rows["actor"].in_flight >= 2 * (CLIENTS - 1)
-    assert good(rows)
+    assert good({"actor": rows["actor"]})
+    assert not good(rows)
     assert any("no such process" in line for line in said)
 
 
@@ -323,9 +329,9 @@ async def test_what_was_seen_before_something_did_not_come_back_is_kept(house: S
 
 @pytest.mark.asyncio
 async def test_a_fault_that_would_not_end_in_time_is_left_out(house: StubHouse) -> None:
-    rows, said = await ran(house, "actor", "decode", until=time.monotonic())
-    assert rows == {}
-    assert "2 faults are left out" in said[-1]
+    rows, said = await ran(house, "actor", "decode", "actor", until=time.monotonic())
+    assert rows == {"actor": Row(left_out=2), "decode": Row(left_out=1)}
+    assert "3 faults are left out" in said[-1]
 
 
 @pytest.mark.parametrize("stopped", [SystemExit(143), KeyboardInterrupt(), NotBack("gone")])
@@ -344,7 +350,7 @@ def test_whatever_ends_it_the_table_is_printed_and_the_server_stopped(
             order.append("started")
 
         def stop(self) -> None:
-            order.append("table" if "| actor | 1 | 8 | 4 |" in capsys.readouterr().out else "no table")
+            order.append("table" if "| actor | 1 | 0 | 8 | 4 |" in capsys.readouterr().out else "no table")
             order.append("stopped")
 
     async def run(*arguments: Any, **_: Any) -> None:

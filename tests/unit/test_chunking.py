@@ -81,6 +81,18 @@ def test_a_tokenizer_to_which_a_long_word_is_one_token_does_not_make_giant_chunk
     assert max(len(chunk.text.encode()) for chunk in pieces) <= 100 * 32
 
 
+def test_no_call_of_the_tokenizer_gets_all_words_of_a_line_as_long_as_a_book() -> None:
+    together: list[int] = []
+
+    def count(texts: Sequence[str]) -> list[int]:
+        together.append(len(texts))
+        return words(texts)
+
+    pieces = list(chunks("word " * 20_000, Chunking(100, 0), count))
+    assert [chunk.tokens for chunk in pieces] == [100] * 200
+    assert max(together) <= 20_000 / 4
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_is_lost_and_no_limit_is_passed_whatever_the_text(seed: int) -> None:
     rng = random.Random(seed)

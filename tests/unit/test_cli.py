@@ -19,20 +19,23 @@ import pytest
 import yaml
 
 from deployments import cli
-from deployments.launch import environment, processes
+from deployments.launch import environment, preflight, processes, supervisor
 from deployments.launch.driver import Settings, cause, engine_cause, progress, ready_message
 from deployments.launch.haproxy import noticing_dead_peers, on_loopback, own_node_first, received_by_the_app
 from deployments.launch.preflight import (
     GB,
     CannotStart,
     ServedModel,
+    available_bytes,
     check_keys,
+    check_libraries,
     check_memory,
     check_model,
     check_port,
     check_ray_address,
     check_vllm,
     free_port,
+    has_library,
     read_config,
 )
 from tests.unit.recording import LIMIT_S
@@ -112,6 +115,15 @@ class TestPreflight:
         with pytest.raises(CannotStart, match="make install"):
             check_vllm(False)
 
+    def test_refuses_to_start_where_vllm_could_not_be_loaded(self) -> None:
+        with pytest.raises(CannotStart, match="apt-get install libnuma1"):
+            check_libraries(lambda name: False, gpu_build=False)
+        check_libraries(lambda name: False, gpu_build=True)
+        check_libraries(lambda name: True, gpu_build=False)
+
+    def test_tells_libraries_that_are_there_from_others(self) -> None:
+        assert has_library("libc.so.6") and not has_library("libnowhere.so.1")
+
     def test_counts_memory_for_every_engine_and_its_weights(self, tmp_path: Path) -> None:
         model = tmp_path / "model"
         model.mkdir()
@@ -122,6 +134,34 @@ class TestPreflight:
             check_memory(models, tmp_path, available_bytes=int(8.9 * GB), gpu=False)
         check_memory(models, tmp_path, available_bytes=9 * GB, gpu=False)
         check_memory(models, tmp_path, available_bytes=7 * GB, gpu=True)
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {"memory.max": "16000", "memory.current": "15000", "memory.stat": "anon 2000\ninactive_file 13000\n"},
+            {
+                "memory/memory.limit_in_bytes": "16000",
+                "memory/memory.usage_in_bytes": "15000",
+                "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 13000\n",
+            },
+        ],
+    )
+    def test_a_containers_page_cache_counts_as_free(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]
+    ) -> None:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(preflight, "_CGROUP", tmp_path)
+        assert available_bytes() == 14000
+
+    def test_without_a_containers_limit_the_machines_memory_counts(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, text in {"memory.max": "max", "memory.current": "1", "memory.stat": ""}.items():
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(preflight, "_CGROUP", tmp_path)
+        assert available_bytes() > GB
 
     @pytest.mark.parametrize("reference", ["/nowhere", "./nowhere", "../nowhere", "a/b/c", "models/nowhere"])
     def test_refuses_a_folder_that_is_not_there(self, tmp_path: Path, reference: str) -> None:
@@ -392,6 +432,18 @@ class TestProcesses:
         assert process.stdout is not None
         process.stdout.readline()
         return process
+
+    def test_what_the_config_says_is_on_no_command_line(
+        self, run: processes.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        code = "import sys; open('settings', 'w').write(sys.stdin.read()); print(flush=True)"
+        monkeypatch.setattr(supervisor, "DRIVER", (sys.executable, "-c", code))
+        application = {"import_path": "deployments.app:build", "args": {"models": [{**MODEL, "env": {"A": "secret"}}]}}
+        config = read_config(write_config(tmp_path, applications=[application]))
+        driver = supervisor._start_driver(config, run, needs_key=False, dashboard=False, verbose=False)
+        assert driver.wait(LIMIT_S) == 0
+        assert not any("secret" in str(argument) for argument in driver.args)
+        assert Settings(**json.loads((tmp_path / "settings").read_text())).config == config.content
 
     def test_ends_its_own_processes_and_no_others(self, run: processes.Run) -> None:
         other = processes.new_run("other")

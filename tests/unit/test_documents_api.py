@@ -17,6 +17,7 @@ import pytest_asyncio
 from deployments.config import DocumentsConfig
 from deployments.retrieval import api
 from deployments.retrieval.api import documents_app
+from deployments.retrieval.tables import MEMBERS
 from tests.unit.house import House, house
 
 pytestmark = pytest.mark.asyncio
@@ -165,6 +166,18 @@ async def test_files_of_a_store(client: openai.AsyncOpenAI, made: House) -> None
     assert (gone.object, gone.deleted) == ("vector_store.file.deleted", True)
     found = await client.vector_stores.search(store.id, query="zebra", max_num_results=50)
     assert {r.file_id for r in found.data} == {files[1].id, files[2].id}
+
+
+async def test_a_list_by_status_goes_on_when_the_file_at_the_end_of_a_page_has_changed(
+    client: openai.AsyncOpenAI, made: House
+) -> None:
+    store, files = await made.store_of(*["zebra"] * 4)
+    page = await client.vector_stores.files.list(store, filter="completed", order="asc", limit=2)
+    await made.writer.update(MEMBERS, f"file_id = '{files[1]}'", {"status": "failed"})
+    await made.writer.update(MEMBERS, f"file_id = '{files[2]}'", {"status": "failed"})
+    assert [file.id for file in (await page.get_next_page()).data] == files[3:]
+    with pytest.raises(openai.NotFoundError):
+        await client.vector_stores.files.list(store, after="file-99")
 
 
 async def test_file_batches(client: openai.AsyncOpenAI, made: House) -> None:

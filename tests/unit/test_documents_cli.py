@@ -17,8 +17,9 @@ import uvicorn
 
 from deployments.cli import main
 from deployments.config import DocumentsConfig
-from deployments.documents_cli import Bar
+from deployments.documents_cli import Bar, Server
 from deployments.retrieval.api import documents_app
+from deployments.retrieval.records import PageRequest
 from tests.unit.house import House, house
 from tests.unit.recording import http_server
 from tests.unit.test_documents_api import Reading
@@ -86,6 +87,71 @@ async def test_ingest_uploads_waits_sums_up_and_goes_on_where_it_was(
     assert "has stripes" not in found
     assert await groundswell("ingest", str(folder / "sub" / "photo.png"), "--store", "zoo", "--url", url) == 1
     assert "failed  photo.png: The file is a PNG image" in capsys.readouterr().out
+
+
+@pytest.mark.asyncio
+async def test_two_files_that_would_go_by_one_name_are_refused_before_anything_is_sent(
+    url: str, tmp_path: Path, made: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / place / "README.md" for place in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(f"A zebra of {file.parent.name}.")
+    assert await groundswell("ingest", *map(str, files), "--store", "zoo", "--url", url) == 1
+    said = capsys.readouterr().err
+    assert f"{files[0]} and {files[1]} would both be 'README.md'" in said
+    assert (await made.catalog.files(None, PageRequest())).data == []
+    assert await groundswell("ingest", *[str(files[0])] * 2, "--store", "zoo", "--url", url) == 0
+    assert "1 files in zoo" in capsys.readouterr().out
+
+
+async def versions(made: House) -> list[tuple[str, str]]:
+    """Return the status and the text of all that was ever attached and is still there, the oldest first."""
+    (store, _), *_ = (await made.catalog.stores(None, PageRequest())).data
+    return [(f.status, await made.text(store.id, f.file_id)) for f in await made.indexed(store.id)]
+
+
+@pytest.mark.asyncio
+async def test_a_new_version_that_cannot_be_read_leaves_the_former_one(
+    url: str, tmp_path: Path, made: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "one.md"
+    for content, code, are_there in (
+        (b"A zebra.", 0, [("completed", "A zebra.")]),
+        (b"\x89PNG", 1, [("completed", "A zebra."), ("failed", "")]),
+        (b"\x89PNG", 1, [("completed", "A zebra."), ("failed", "")]),
+        (b"\x89PNG2", 1, [("completed", "A zebra."), ("failed", "")]),
+        (b"Two zebras.", 0, [("completed", "Two zebras.")]),
+    ):
+        file.write_bytes(content)
+        assert await groundswell("ingest", str(file), "--store", "zoo", "--url", url) == code
+        assert await versions(made) == are_there
+        assert ("(the former version stays)" in capsys.readouterr().out) == (code == 1)
+
+
+@pytest.mark.asyncio
+async def test_a_replacement_that_was_stopped_halfway_is_finished_by_the_next_run(
+    url: str, tmp_path: Path, made: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "one.md"
+    file.write_text("A zebra.")
+    assert await groundswell("ingest", str(file), "--store", "zoo", "--url", url) == 0
+    file.write_text("Two zebras.")
+    call = Server.call
+
+    def stopped(server: Server, method: str, path: str, **options: Any) -> Any:
+        if method == "DELETE":
+            raise KeyboardInterrupt
+        return call(server, method, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "call", stopped)
+        assert await groundswell("ingest", str(file), "--store", "zoo", "--url", url) == 130
+    assert len(await versions(made)) == 2
+    capsys.readouterr()
+    assert await groundswell("ingest", str(file), "--store", "zoo", "--url", url) == 0
+    assert "uploading" not in capsys.readouterr().err
+    assert await versions(made) == [("completed", "Two zebras.")]
 
 
 @pytest.mark.asyncio

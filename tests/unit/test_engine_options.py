@@ -95,6 +95,12 @@ class TestWhere:
         with pytest.raises(ConfigError, match="leave out `num_gpus`"):
             options({"ray_actor_options": {"num_gpus": 2}}, tensor_parallel_size=2, distributed_executor_backend="ray")
 
+    def test_an_engine_without_ray_workers_needs_all_its_gpus_itself(self) -> None:
+        with pytest.raises(ConfigError, match=r"2 workers needs as many GPUs, and .*num_gpus is 1"):
+            options({"ray_actor_options": {"num_gpus": 1}}, tensor_parallel_size=2)
+        assert options({"ray_actor_options": {"num_gpus": 2}}, tensor_parallel_size=2)
+        assert options({"ray_actor_options": {"num_gpus": 0.5}})
+
     def test_so_many_on_a_node_and_a_group_do_not_go_together(self) -> None:
         with pytest.raises(ConfigError, match="max_replicas_per_node"):
             options({"max_replicas_per_node": 1}, pipeline_parallel_size=2, distributed_executor_backend="ray")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deployments import request_scope
+from deployments.access.keys import KeyRing
 from deployments.config import AssistantConfig, GroundingConfig
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
 from deployments.errors import BadRequest, EngineUnavailable, NotFound, Overloaded
@@ -99,6 +101,7 @@ class House:
         self,
         *,
         assistant: AssistantConfig | None = None,
+        owner_of: Callable[[str], str | None] = str,
         retriever: bool = True,
         max_model_len: int = 4000,
         **config: Any,
@@ -114,6 +117,7 @@ class House:
             GroundingConfig(**config),
             metrics=self.metrics,
             assistant=assistant,
+            owner_of=owner_of,
         )
 
         async def resolve(name: str) -> App | None:
@@ -373,6 +377,16 @@ async def test_stores_are_searched_as_the_key_that_asks_and_an_assistants_as_the
         plain = House()
         await plain.ask(question(TOOL))
         assert plain.retriever.owners == ["ann"]
+
+
+async def test_an_assistants_stores_may_be_those_from_before_there_were_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps([{"name": "heir", "sha256": "0" * 64, "owns_unowned": True}]))
+    house = House(assistant=ASSISTANT.model_copy(update={"owner": "heir"}), owner_of=KeyRing(file).owner_of)
+    with request_scope.request_scope(request_scope.Caller("ann", "ann")):
+        await house.ask(question(TOOL))
+    asked = [(owner, call["stores"]) for owner, call in zip(house.retriever.owners, house.retriever.asked, strict=True)]
+    assert asked == [(None, ["vs_hand"]), ("ann", ["vs_1"])]
 
 
 async def test_an_answer_that_is_json_gets_no_list_of_sources() -> None:

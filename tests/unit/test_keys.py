@@ -90,6 +90,11 @@ def test_an_empty_list_lets_nobody_in(tmp_path: Path) -> None:
     assert ring.find(OLD.encode()) is None
 
 
+def test_whose_things_a_name_sees_is_known_of_any_name(tmp_path: Path) -> None:
+    ring = KeyRing(written(tmp_path / "k.json", entry("a", OLD), entry("heir", NEW, owns_unowned=True)))
+    assert [ring.owner_of(name) for name in ("a", "heir", "revoked")] == ["a", None, "revoked"]
+
+
 def test_keys_of_the_environment_stand_beside_those_of_the_file(tmp_path: Path) -> None:
     path = written(tmp_path / "k.json", entry("a", OLD))
     ring = KeyRing(path, f"b:{hash_of(OTHER)}, c:{hash_of(NEW)}")

@@ -16,6 +16,7 @@ from aiohttp import web
 from benchmarks import overload
 from benchmarks.overload import Answer, Measured, Options, Phase, Sent, as_json, measure, normal_after_s, promised, rows
 from benchmarks.servers import ServerError
+from tests.unit.stub_server import served
 
 OPTIONS = Options("", tokens=11)
 BEFORE, AFTER = Phase(2.0, 0.0, 10.0), Phase(2.0, 10.0, 20.0)
@@ -103,6 +104,7 @@ class StubServer:
         self.url, self.open, self.most = "", 0, 0
         self.refusal: dict[str, Any] = {"status": 429, "headers": {"retry-after": "2"}}
         self.error_in_stream = False
+        self.missing = 0
         self.key: str | None = None
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -115,11 +117,13 @@ class StubServer:
         try:
             response = web.StreamResponse(headers={"content-type": "text/event-stream"})
             await response.prepare(request)
-            for _ in range((await request.json())["max_tokens"]):
+            tokens = (await request.json())["max_tokens"] - self.missing
+            for _ in range(tokens):
                 await response.write(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n')
                 await asyncio.sleep(0.02)
             if self.error_in_stream:
                 await response.write(b'data: {"error":{"message":"All engines are busy."}}\n\n')
+            await response.write(b'data: {"id":"1","choices":[],"usage":{"completion_tokens":%d}}\n\n' % tokens)
             await response.write(b"data: [DONE]\n\n")
             return response
         finally:
@@ -129,14 +133,8 @@ class StubServer:
 @pytest_asyncio.fixture
 async def stub() -> AsyncIterator[StubServer]:
     server = StubServer()
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", server.answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield server
-    await runner.cleanup()
+    async with served(server.answer) as server.url:
+        yield server
 
 
 @pytest.mark.asyncio
@@ -170,12 +168,13 @@ async def test_a_server_with_keys_is_measured_with_one_and_not_without(stub: Stu
 @pytest.mark.parametrize(
     ("refusal", "said"),
     [
-        ({"status": 503}, "without a Retry-After"),
+        ({"status": 429}, "without a Retry-After"),
         ({"status": 429, "headers": {"retry-after": "soon"}}, "without a Retry-After"),
         ({"status": 500}, "HTTP 500"),
+        ({"status": 503, "headers": {"retry-after": "1"}, "text": "The engines failed"}, "HTTP 503 The engines failed"),
     ],
 )
-async def test_a_refusal_that_names_no_time_is_none(stub: StubServer, refusal: dict[str, Any], said: str) -> None:
+async def test_only_a_429_that_names_a_time_is_a_refusal(stub: StubServer, refusal: dict[str, Any], said: str) -> None:
     stub.open, stub.refusal = 2, refusal
     async with aiohttp.ClientSession() as session:
         answer = await overload.send(session, stub.url, "tiny", 2, "seed")
@@ -189,6 +188,14 @@ async def test_a_refusal_in_a_stream_that_has_begun_is_none(stub: StubServer) ->
     async with aiohttp.ClientSession() as session:
         answer = await overload.send(session, stub.url, "tiny", 2, "seed")
     assert "a stream that had begun ended in" in str(answer.broken)
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_ends_before_its_last_token_is_broken(stub: StubServer) -> None:
+    stub.missing = 1
+    async with aiohttp.ClientSession() as session:
+        answer = await overload.send(session, stub.url, "tiny", 3, "seed")
+    assert answer == Answer(broken="RequestFailed: 2 tokens in place of 3")
 
 
 @pytest.mark.parametrize("stopped", [SystemExit(143), KeyboardInterrupt(), ServerError("gone")])

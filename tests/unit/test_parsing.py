@@ -43,6 +43,48 @@ def test_text_is_read_whatever_its_encoding(tmp_path: Path, data: bytes, text: s
     assert read(tmp_path, data, "a.txt") == text
 
 
+@pytest.mark.parametrize("latin", ["\u2019", "é", "ü und ß"])
+def test_utf8_with_strays_among_its_characters_is_read_as_utf8(tmp_path: Path, latin: str) -> None:
+    text = "Größe und Maß, naïve café. "
+    data = text.encode() + latin.encode("cp1252") + b". " + text.encode()
+    assert read(tmp_path, data, "a.md") == f"{text}{latin}. {text}"
+
+
+@pytest.mark.parametrize(
+    ("label", "encoding", "words"),
+    [
+        ("windows-1251", "cp1251", "Привет, мир"),
+        ("KOI8-R", "koi8-r", "Привет, мир"),
+        ("Shift_JIS", "cp932", "①東京の天気"),
+        ("gb2312", "gb18030", "北京的天气"),
+        ("EUC-KR", "cp949", "서울의 날씨"),
+        ("Big5", "big5", "台北的天氣"),
+        ("iso-8859-2", "iso8859-2", "Zażółć gęślą jaźń"),
+        ("latin1", "cp1252", "„Straße“ \u2013 schön"),
+    ],
+)
+@pytest.mark.parametrize(
+    "head", ['<meta charset="{}">', '<meta http-equiv="content-type" content="text/html; charset={}">']
+)
+def test_a_page_is_read_in_the_encoding_it_names(
+    tmp_path: Path, head: str, label: str, encoding: str, words: str
+) -> None:
+    page = f"<html><head>{head.format(label)}<title>x</title></head><body><p>{words}</p></body></html>"
+    assert read(tmp_path, page.encode(encoding), "a.html") == f"{words}\n"
+    assert read(tmp_path, page.encode(), "a.html") == f"{words}\n", "a page that is UTF-8 whatever it says"
+
+
+@pytest.mark.parametrize("label", ["utf-16", "utf-8", "hex", "unicode-escape", "nonsense", ""])
+def test_an_encoding_that_no_page_can_be_in_is_not_believed(tmp_path: Path, label: str) -> None:
+    page = f'<html><meta charset="{label}"><p>Straße</p></html>'
+    assert read(tmp_path, page.encode("cp1252"), "a.html") == "Straße\n"
+
+
+def test_an_xml_file_is_read_in_the_encoding_it_names(tmp_path: Path) -> None:
+    text = '<?xml version="1.0" encoding="windows-1251"?>\n<b>Привет</b>'
+    assert read(tmp_path, text.encode("cp1251"), "a.xml") == text
+
+
 def test_markdown_stays_as_it_is(tmp_path: Path) -> None:
     assert read(tmp_path, b"# Head\n\n- one\n", "a.md") == "# Head\n\n- one\n"
 
@@ -123,10 +165,19 @@ def test_an_archive_that_is_not_a_docx_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, (tmp_path / "a.zip").read_bytes(), "a.xlsx").code == "unsupported_file"
 
 
-def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
-    refused = refusal(tmp_path, zip_bomb(300 * 2**20), "bomb.docx")
+@pytest.mark.parametrize("part", ["word/document.xml", "word/media/film.mp4"])
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, part: str) -> None:
+    refused = refusal(tmp_path, zip_bomb(300 * 2**20, part), "bomb.docx")
     assert refused.code == "invalid_file"
     assert "unpacks to" in refused.message
+
+
+def test_a_film_in_a_docx_may_be_as_long_as_it_likes(tmp_path: Path) -> None:
+    file = tmp_path / "upload.docx"
+    file.write_bytes(docx([("", "Look at this.")]))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("word/media/film.mp4", random.Random(1).randbytes(33 * 2**20))
+    assert text_of(file, "a.docx", max_chars=100) == "Look at this.\n"
 
 
 def test_an_entity_bomb_is_refused(tmp_path: Path) -> None:

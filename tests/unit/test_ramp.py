@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from aiohttp import web
 
 from benchmarks.overload import Answer, Sent
 from benchmarks.ramp import STEPS, Moment, Options, Ramp, Run, counts, plot, rows, table
+from benchmarks.servers import ServerError
+from tests.unit.stub_server import served
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ class StubServer:
 
     def __init__(self, folder: Path) -> None:
         self.log, self.url = folder / "groundswell.log", ""
-        self.engines, self.open, self.asked = 0, 0, 0
+        self.engines, self.open, self.asked, self.room = 0, 0, 0, 6
 
     def scale(self, engines: int) -> None:
         if engines != self.engines:
@@ -72,7 +75,7 @@ class StubServer:
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.asked += 1
-        if self.open >= 6:
+        if self.open >= self.room:
             return web.Response(status=429, headers={"retry-after": "1"})
         self.open += 1
         self.scale(max(self.engines, 2 if self.open >= 4 else 1))
@@ -80,7 +83,12 @@ class StubServer:
             response = web.StreamResponse(headers={"content-type": "text/event-stream"})
             await response.prepare(request)
             await asyncio.sleep(0.05)
-            await response.write(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: [DONE]\n\n')
+            events = [{"choices": [{"delta": {"content": "a"}}]}]
+            events.append(
+                {"id": "1", "choices": [], "usage": {"completion_tokens": (await request.json())["max_tokens"]}}
+            )
+            lines = [*(json.dumps(event, separators=(",", ":")) for event in events), "[DONE]"]
+            await response.write("".join(f"data: {line}\n\n" for line in lines).encode())
             return response
         finally:
             self.open -= 1
@@ -94,18 +102,8 @@ class StubServer:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.log.write_text("  0 s  starting Ray\n")
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", self.answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        server: Any = site._server
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        try:
+        async with served(self.answer) as self.url:
             yield
-        finally:
-            await runner.cleanup()
 
 
 @pytest.mark.asyncio
@@ -131,6 +129,17 @@ async def test_what_a_run_that_is_stopped_has_seen_is_kept(tmp_path: Path) -> No
 def test_what_is_not_answered_is_shown(ramp: Ramp) -> None:
     ramp.sent.append(Sent(13.0, Answer(broken="TimeoutError: ")))
     assert table(ramp).splitlines()[-1] == "1 requests were neither answered nor refused, one by TimeoutError: "
+
+
+@pytest.mark.asyncio
+async def test_a_pace_of_requests_that_were_refused_is_none(tmp_path: Path) -> None:
+    stub, seen = StubServer(tmp_path), Ramp()
+    stub.room = 1
+    server: Any = stub
+    async with stub.running():
+        with pytest.raises(ServerError, match="requests failed while nothing was overloaded: refused"):
+            await Run(server, Options(capacity=4, seconds=0.2), lambda line: None, seen).run()
+    assert (seen.pace, seen.steps) == (0, [])
 
 
 @pytest.mark.asyncio

@@ -1,6 +1,6 @@
 // The Chat view: conversations, the composer, and answers as they arrive.
 
-import { ApiError, list, streamChat } from './api.js';
+import { ApiError, get, list, streamChat } from './api.js';
 import { $, announce, confirmed, h } from './dom.js';
 import { render } from './markdown.js';
 import { age, count, explain, isPassing, plural, rate, seconds, waitingFor } from './words.js';
@@ -56,33 +56,48 @@ export class Chat {
     const select = $('#model');
     select.replaceChildren(...names.map((name) => h('option', { value: name, selected: name === conversation.model }, name)));
     select.disabled = names.length < 2;
-    const known = new Set(this.#stores.map((store) => store.id));
-    const chosen = conversation.stores.filter((id) => known.has(id));
-    const label = chosen.length
-      ? chosen.map((id) => this.#stores.find((store) => store.id === id).name || 'unnamed store').join(', ')
-      : 'no documents';
-    $('#stores-chosen').textContent = label;
-    $('#stores-list').replaceChildren(
-      ...(this.#stores.length
-        ? this.#stores.map((store) => this.#storeChoice(store, chosen.includes(store.id)))
-        : [h('p', { class: 'hint' }, 'There is no store yet. ', h('a', { href: '#documents' }, 'Make one'), '.')]),
-    );
+    const unknown = conversation.stores.filter((id) => !this.#stores.some((store) => store.id === id));
+    const choices = [...this.#stores.map(({ id }) => id), ...unknown].map((id) => this.#storeChoice(id));
+    const hint = h('p', { class: 'hint' }, 'There is no store yet. ', h('a', { href: '#documents' }, 'Make one'), '.');
+    $('#stores-list').replaceChildren(...(choices.length ? choices : [hint]));
+    this.#nameChosen();
   }
 
-  #storeChoice(store, isChosen) {
-    const box = h('input', { type: 'checkbox', checked: isChosen });
+  /** The list of stores gives names and no more: it may be late, cut short, or fail, and what is chosen stays so. */
+  #nameChosen() {
+    $('#stores-chosen').textContent = this.#conversation.stores.map((id) => this.#nameOf(id)).join(', ') || 'no documents';
+  }
+
+  #nameOf(id) {
+    const store = this.#stores.find((each) => each.id === id);
+    return store ? store.name || 'unnamed store' : 'unknown store';
+  }
+
+  #storeChoice(id) {
+    const box = h('input', { type: 'checkbox', checked: this.#conversation.stores.includes(id) });
     box.addEventListener('change', () => {
       const stores = new Set(this.#conversation.stores);
-      if (box.checked) stores.add(store.id);
-      else stores.delete(store.id);
+      if (box.checked) stores.add(id);
+      else stores.delete(id);
       this.#conversation.stores = [...stores].slice(0, 16);
       this.#remember();
-      $('#stores-chosen').textContent =
-        this.#conversation.stores
-          .map((id) => this.#stores.find((each) => each.id === id)?.name || 'unnamed store')
-          .join(', ') || 'no documents';
+      this.#nameChosen();
     });
-    return h('label', { class: 'check' }, box, h('span', {}, store.name || 'unnamed store'), h('small', {}, plural(store.file_counts.completed, 'file')));
+    const store = this.#stores.find((each) => each.id === id);
+    return h('label', { class: 'check' }, box, h('span', {}, this.#nameOf(id)), h('small', {}, store ? plural(store.file_counts.completed, 'file') : id));
+  }
+
+  /** Of the stores that were asked for, those are no longer chosen of which the server says that they are not there. */
+  async #dropGone(conversation, message) {
+    for (const id of message.stores) {
+      const error = await get(`v1/vector_stores/${encodeURIComponent(id)}`).catch((failure) => failure);
+      if (error.status !== 404) continue;
+      conversation.stores = conversation.stores.filter((each) => each !== id);
+      message.error.message = `${message.error.message} It is no longer chosen.`;
+    }
+    if (this.#conversation !== conversation) return;
+    this.#remember();
+    this.#choices();
   }
 
   /** Answers from this store next: what the Documents view offers. */
@@ -290,6 +305,7 @@ export class Chat {
         if (!(error instanceof ApiError)) console.error(error);
         message.state = 'failed';
         message.error = { kind: error.kind ?? 'page', message: error.message };
+        if (error.status === 404) await this.#dropGone(conversation, message);
         announce(explain(message.error).heading);
       }
     }
@@ -393,7 +409,7 @@ export class Chat {
       if (each === message) break;
       if (each.content) messages.push({ role: each.role, content: each.content });
     }
-    message.stores = conversation.stores.filter((id) => this.#stores.some((store) => store.id === id));
+    message.stores = [...conversation.stores];
     const tools = message.stores.length ? { tools: [{ type: 'file_search', vector_store_ids: message.stores }] } : {};
     return {
       model: conversation.model || undefined,

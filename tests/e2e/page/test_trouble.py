@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import requests
 
 from tests.e2e.page.conftest import Visit
 from tests.e2e.page.scripted import KEY, READY, Scripted
+from tests.e2e.page.test_chat import choose, make_store
 from tests.e2e.serving import wait_for
 
 Open = Callable[..., Visit]
@@ -120,6 +124,30 @@ def test_a_request_that_is_refused_says_why_and_is_not_sent_again(scripted_serve
     answer = tab.ask("word " * 3000)
     tab.until(answer, "failed")
     assert "2048" in notice(answer).inner_text()
+
+
+def test_what_is_chosen_is_asked_for_until_the_server_says_it_is_gone(
+    scripted_server: Scripted, visit: Open, tides: Path
+) -> None:
+    store = make_store(scripted_server.url, "fading", tides)
+    tab = visit(scripted_server.url)
+    tab.open()
+    choose(tab, "fading")
+    tab.page.route(re.compile(r"/v1/vector_stores\?"), lambda route: route.fulfill(status=503, body="not now"))
+    tab.page.reload()
+    tab.page.locator("#stores-chosen", has_text="unknown store").wait_for()
+    tab.until(tab.ask("When does the tide turn?"), "done")
+    assert 'source="tides.md"' in scripted_server.fleet.prompts[-1]
+    requests.delete(f"{scripted_server.url}/v1/vector_stores/{store}").raise_for_status()
+    asked = len(scripted_server.fleet.prompts)
+    answer = tab.ask("And now?")
+    tab.until(answer, "failed")
+    assert f"No vector store with id '{store}'. It is no longer chosen." in notice(answer).inner_text()
+    assert len(scripted_server.fleet.prompts) == asked, "nothing was answered without documents"
+    tab.page.locator("#stores-chosen", has_text="no documents").wait_for()
+    answer.get_by_role("button", name="Retry").click()
+    tab.until(answer, "done")
+    assert "<passage" not in scripted_server.fleet.prompts[-1]
 
 
 def test_while_an_engine_loads_the_wait_says_so(scripted_server: Scripted, visit: Open) -> None:
