@@ -49,6 +49,10 @@ REFUSED: Final[Mapping[str, str]] = {
         ),
         "the fleet's replicas are its data parallelism: set them in `deployment`",
     ),
+    **dict.fromkeys(
+        ("max_num_queued_reqs", "max_num_queued_tokens"),
+        "the Router admits, before engines are asked: set `router.max_queued_requests` and `router.max_queue_wait_s`",
+    ),
     "mm_processor_cache_gb": "what one Router has cached, another engine would miss",
     "config": "write its keys here instead",
     "model_tag": "use `model`",

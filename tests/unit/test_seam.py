@@ -134,6 +134,8 @@ def test_an_adapter_has_the_same_id_in_every_process() -> None:
         ({"model": "m", "dtype": "float17"}, {}, "dtype"),
         ({"model": "m", "port": 1}, {}, "http_options"),
         ({"model": "m", "seed": 1}, {"seed": 2}, "given twice"),
+        ({"model": "m", "max_num_queued_reqs": 5}, {}, "router.max_queued_requests"),
+        ({"model": "m", "max-num-queued-tokens": 5000}, {}, "router.max_queue_wait_s"),
         ({"model": "m", "data_parallel_size": 2}, {}, "replicas are its data parallelism"),
     ],
 )
