@@ -390,6 +390,7 @@ class _Model:
         return self._limits
 
     async def _build(self, description: m.EngineDescription | None) -> None:
+        from deployments.seam.args import speculates
         from deployments.seam.engine_client import FleetClient
         from deployments.seam.frontend import build_model_app, special_tokens, token_counter
 
@@ -400,7 +401,7 @@ class _Model:
             if description is not None:
                 self._vllm_config.model_config.max_model_len = description.max_model_len
                 tasks = description.supported_tasks
-            client = FleetClient(self.fleet, self._vllm_config, tasks, self._stamps)
+            client = FleetClient(self.fleet, self._vllm_config, tasks, self._stamps, speculates=speculates(self._args))
             self._limits = Limits(
                 self.name,
                 client.let_in,

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace, _AppendAction
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -18,8 +18,6 @@ from deployments.config import MAX_NUM_SEQS
 from deployments.errors import ConfigError
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser
-
     from vllm import AsyncEngineArgs
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
@@ -50,6 +48,10 @@ REFUSED: Final[Mapping[str, str]] = {
             "data_parallel_external_lb",
         ),
         "the fleet's replicas are its data parallelism: set them in `deployment`",
+    ),
+    **dict.fromkeys(
+        ("max_num_queued_reqs", "max_num_queued_tokens"),
+        "the Router admits, before engines are asked: set `router.max_queued_requests` and `router.max_queue_wait_s`",
     ),
     "mm_processor_cache_gb": "what one Router has cached, another engine would miss",
     "config": "write its keys here instead",
@@ -145,6 +147,8 @@ def _argv(parser: ArgumentParser, options: Mapping[str, Any]) -> list[str]:
                 argv.append(off)
         elif isinstance(value, list | tuple) and action.nargs in ("+", "*"):
             argv += [flag, *(_text(item) for item in value)] if value else []
+        elif isinstance(value, list | tuple) and isinstance(action, _AppendAction):
+            argv += [f"{flag}={_text(item)}" for item in value]
         else:
             argv.append(f"{flag}={_text(value)}")
     return argv
@@ -152,6 +156,28 @@ def _argv(parser: ArgumentParser, options: Mapping[str, Any]) -> list[str]:
 
 def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+
+
+def import_parsers(args: Namespace) -> None:
+    """Import the tool and reasoning parsers that users bring, as vLLM's server does before it makes an engine's config.
+
+    Raises:
+        ConfigError: A parser that was chosen is not there. Why a file could not be imported is in vLLM's log.
+    """
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    try:
+        validate_api_server_args(args)
+        if args.reasoning_parser:  # which vLLM would look up later
+            ReasoningParserManager.get_reasoning_parser(args.reasoning_parser)
+    except KeyError as error:
+        raise ConfigError(f"model {args.served_model_name[0]!r}: {error.args[0]}") from None
 
 
 def lora_requests(args: Namespace) -> list[LoRARequest]:
@@ -201,10 +227,14 @@ def frontend_config(args: Namespace) -> VllmConfig:
     """Return a `VllmConfig` for rendering, validation and detokenization: no device, no KV cache, no quantization.
 
     Mutates process-wide vLLM settings that only matter to engines, so call it in a Router, never in an Engine.
+
+    Raises:
+        ConfigError: A tool or reasoning parser that was chosen is not there.
     """
     from vllm import envs
     from vllm.config import LoRAConfig, VllmConfig
 
+    import_parsers(args)
     parsed = engine_args(args)
     model_config = parsed.create_model_config()
     model_config.quantization = None
@@ -216,6 +246,7 @@ def frontend_config(args: Namespace) -> VllmConfig:
             max_lora_rank=parsed.max_lora_rank,
             max_loras=parsed.max_loras,
             default_mm_loras=parsed.default_mm_loras,
+            enable_tower_connector_lora=parsed.enable_tower_connector_lora,
         )
     config = VllmConfig(
         model_config=model_config,
@@ -225,8 +256,20 @@ def frontend_config(args: Namespace) -> VllmConfig:
         structured_outputs_config=parsed.create_structured_outputs_config(),
         reasoning_config=parsed.reasoning_config,
     )
-    config.aux_output_config = parsed.aux_output_config  # afterwards: vLLM would look whether an engine here can
+    # Afterwards: vLLM would look whether an engine here can.
+    config.aux_output_config = parsed.aux_output_config
+    config.cache_config.kv_sharing_fast_prefill = parsed.kv_sharing_fast_prefill
+    config.diffusion_config = parsed.create_diffusion_config()
+    config.scheduler_config.stream_interval = parsed.stream_interval
+    config.watermark_config = parsed.create_watermark_config()
     return config
+
+
+def speculates(args: Namespace) -> bool:
+    """Return whether engines draft tokens. A config of it would load the drafter's, and a Router asks for no more."""
+    return any(
+        given is not None for given in (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
+    )
 
 
 def model_names(args: Namespace) -> list[str]:

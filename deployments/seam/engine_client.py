@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, Protocol
 import msgspec
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.pooling_params import PoolingParams
@@ -54,6 +54,10 @@ class PublicHTTPError(GracefulHTTPError):
 
 class Flight(Protocol):
     """A request on its way. `close` frees what it holds; safe to call twice."""
+
+    @property
+    def replica(self) -> str | None:
+        """The engine that has it, as far as is known."""
 
     def close(self) -> None: ...
 
@@ -142,7 +146,7 @@ class RequestSubmission:
         index = int(output.request_id)
         output.request_id = self._requests[index].request_id
         self._torn = True
-        self._charge(len(output.new_token_ids))
+        self.charge(len(output.new_token_ids))
         processed = self._outputs.process_outputs([output], weight_version=weight_version)
         self._torn = False
         self._tokens += output.new_token_ids
@@ -152,7 +156,7 @@ class RequestSubmission:
             self._open.discard(output.request_id)
         return [index] if processed.reqs_to_abort else []
 
-    def _charge(self, tokens: int) -> None:
+    def charge(self, tokens: int) -> None:
         """Count tokens as they come, so whoever hangs up pays for what was done until then; the prompt is paid once."""
         if self._caller is not None:
             self._caller.tokens += tokens + (0 if self._charged else self.prompt_tokens)
@@ -200,6 +204,7 @@ class RequestSubmission:
         """Forget the request's state in the Router."""
         if self._open:
             self._outputs.abort_requests(self._open.copy(), internal=True)
+            self._outputs.parent_requests.pop(self._request.request_id, None)  # vLLM drops it with the last to end
             self._open.clear()
 
     def _forget(self) -> None:
@@ -212,7 +217,15 @@ class RequestSubmission:
 
 
 class FleetClient(EngineClient):
-    """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device."""
+    """vLLM's `EngineClient` over a fleet. Lives in a Router; needs no device.
+
+    Args:
+        fleet: The engines.
+        vllm_config: From `frontend_config`.
+        supported_tasks: What they can do.
+        stamps: What is written on requests.
+        speculates: Whether they draft tokens, and so cannot honour every parameter.
+    """
 
     def __init__(
         self,
@@ -220,11 +233,14 @@ class FleetClient(EngineClient):
         vllm_config: VllmConfig,
         supported_tasks: tuple[SupportedTask, ...],
         stamps: Stamps | None = None,
+        *,
+        speculates: bool = False,
     ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.input_processor.speculative_config = speculates or None  # all it asks is whether there is one
         self.supported_tasks = supported_tasks
         self._fleet, self._stamps = fleet, stamps or Stamps()
         self._codec = Codec()
@@ -285,6 +301,11 @@ class FleetClient(EngineClient):
     ) -> AsyncGenerator[RequestOutput, None]:
         if isinstance(prompt, AsyncGenerator):
             raise PublicHTTPError(NotSupportedByFleet("Streaming input is not supported: it would live in one engine."))
+        if self.vllm_config.cache_config.kv_sharing_fast_prefill and sampling_params.prompt_logprobs:
+            raise VLLMValidationError(
+                "This model's engines run with --kv-sharing-fast-prefill, with which prompt logprobs are incorrect.",
+                parameter="prompt_logprobs",
+            )
         request = await self._process(request_id, prompt, sampling_params, **options)
         request.reasoning_ended = reasoning_ended
         request.reasoning_parser_kwargs = reasoning_parser_kwargs
@@ -354,7 +375,7 @@ class FleetClient(EngineClient):
             )
             held.callback(submission.abort)
             flight = self._fleet.start(submission, reservation)
-            held.callback(flight.close)
+            held.callback(_leave, flight, submission)
             timer = _at_deadline(flight, submission)
             if timer is not None:
                 held.callback(timer.cancel)
@@ -459,6 +480,13 @@ class FleetClient(EngineClient):
         return False
 
 
+def _leave(flight: Flight, submission: RequestSubmission) -> None:
+    """Close a flight. Whoever does not wait for its end pays for a prompt that an engine has."""
+    if flight.replica is not None and not submission.finished:
+        submission.charge(0)
+    flight.close()
+
+
 def _at_deadline(flight: Flight, submission: RequestSubmission) -> asyncio.TimerHandle | None:
     """Have the request fail when its HTTP request's deadline comes, if it has one."""
     scope = request_scope.current()
@@ -467,7 +495,7 @@ def _at_deadline(flight: Flight, submission: RequestSubmission) -> asyncio.Timer
     when, error = scope.deadline
 
     def give_up() -> None:
-        flight.close()
+        _leave(flight, submission)
         submission.fail(error)
 
     return asyncio.get_running_loop().call_at(when, give_up)

@@ -14,10 +14,13 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.tasks import SupportedTask
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from deployments.errors import OPAQUE, NotFound, PublicError
 from deployments.seam import messages_api, short_work
@@ -97,20 +100,16 @@ async def build_model_app(args: Namespace, client: FleetClient) -> FastAPI:
     for name in ("openai_serving_chat", "openai_serving_completion"):
         if (serving := getattr(app.state, name, None)) is not None:
             serving.create_streaming_error_response = partial(_last_event, serving.create_streaming_error_response)
-    # The load is counted by the Router; vLLM's own metrics and scaling middleware guard what is not there.
-    app.user_middleware[:] = [m for m in app.user_middleware if _is_kept(m, args)]
+    # Of middleware, CORS and the user's own, where a function is in a `BaseHTTPMiddleware`. The load is counted by the
+    # Router, answers get their `x-request-id` from Serve, and vLLM's scaling middleware guards what is not there.
+    kept = (CORSMiddleware, BaseHTTPMiddleware, *map(resolve_obj_by_qualname, args.middleware))
+    app.user_middleware[:] = [middleware for middleware in app.user_middleware if middleware.cls in kept]
     app.add_exception_handler(PublicHTTPError, _public_error)
     app.add_exception_handler(Exception, _opaque)
     app.add_exception_handler(404, partial(_not_for_this_model, args.served_model_name[0]))
     app.middleware_stack = None
     app.add_middleware(_Outspoken)
     return app
-
-
-def _is_kept(middleware: Any, args: Namespace) -> bool:
-    """CORS, and what the user asked for by `middleware`."""
-    qualified = f"{middleware.cls.__module__}.{middleware.cls.__name__}"
-    return middleware.cls.__name__ in ("CORSMiddleware", "BaseHTTPMiddleware") or qualified in args.middleware
 
 
 class _Outspoken:

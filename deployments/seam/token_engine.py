@@ -28,7 +28,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from deployments.messages import Totals
 from deployments.seam import guard, logs
-from deployments.seam.args import engine_args, lora_requests
+from deployments.seam.args import engine_args, import_parsers, lora_requests
 
 logger = logging.getLogger("ray.serve.groundswell.engine")
 
@@ -174,6 +174,7 @@ class TokenEngine:
 
             loggers.append(RayPrometheusStatLogger)
         os.environ[guard.REPLICA_PID] = str(os.getpid())
+        import_parsers(args)
         parsed = engine_args(args, num_gpus=num_gpus)
         logs.leave_as_is(parsed)
         config = parsed.create_engine_config(UsageContext.OPENAI_API_SERVER)

@@ -15,7 +15,7 @@ from vllm.v1.outputs import LogprobsLists
 
 from deployments.dispatch import App
 from deployments.errors import EngineUnavailable, Overloaded
-from deployments.seam.args import frontend_config, parse_args
+from deployments.seam.args import frontend_config, parse_args, speculates
 from deployments.seam.engine_client import FleetClient, RequestSubmission
 from deployments.seam.frontend import build_model_app
 from models import tiny_random
@@ -31,11 +31,14 @@ class StubFlight:
 
     def __init__(self, fleet: ScriptedFleet, submission: RequestSubmission) -> None:
         self._fleet, self._submission = fleet, submission
+        self.replica = "r0" if fleet.takes else None
         self.closed = asyncio.Event()
         self.task = asyncio.get_running_loop().create_task(self._fly())
 
     async def _fly(self) -> None:
         fleet = self._fleet
+        if fleet.silent:
+            await asyncio.Event().wait()
         scripts = [fleet.tokens(fleet.answers[i % len(fleet.answers)]) for i in range(self._submission.sequences)]
         whole, cut = scripts[0], fleet.cut_after
         while any(scripts):
@@ -74,6 +77,8 @@ class ScriptedFleet:
         answers: What sequence 0, 1, … says.
         step: Tokens in one delta.
         hangs: Whether it falls silent after the first delta.
+        silent: Whether it never says anything.
+        takes: Whether an engine has its requests.
         cut_after: After how many tokens of its only sequence an engine fails, once.
         recovered: How requests began again at another.
         full: Whether it refuses requests.
@@ -89,7 +94,8 @@ class ScriptedFleet:
     def __init__(self) -> None:
         self.answers: Sequence[str] = ["An answer."]
         self.step = 1
-        self.hangs = self.full = False
+        self.hangs = self.silent = self.full = False
+        self.takes = True
         self.retry_after_s = 7.0
         self.pause_s = 0.0
         self.fails_after: int | None = None
@@ -128,6 +134,6 @@ async def scripted_app(
     with mock.patch.dict(os.environ, VLLM_TARGET_DEVICE="cpu"):  # as in a Router
         args = parse_args("tiny", engine_args, options)
         fleet = fleet or ScriptedFleet()
-        client = FleetClient(fleet, frontend_config(args), ("generate",))
+        client = FleetClient(fleet, frontend_config(args), ("generate",), speculates=speculates(args))
         fleet.tokenizer = client.renderer.tokenizer
         return await build_model_app(args, client), fleet, client

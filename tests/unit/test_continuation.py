@@ -23,7 +23,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from deployments import request_scope
-from deployments.errors import EngineFailure, EngineUnavailable, RequestTimeout
+from deployments.errors import BadRequest, EngineFailure, EngineUnavailable, RequestTimeout
 from deployments.seam import continuation
 from deployments.seam.args import frontend_config, parse_args
 from deployments.seam.engine_client import FleetClient, PublicHTTPError, RequestSubmission
@@ -81,6 +81,7 @@ class StubEngine:
 
 class StubFlight:
     closed = False
+    replica: str | None = None
 
     def close(self) -> None:
         self.closed = True
@@ -172,6 +173,7 @@ async def stage(client: FleetClient) -> AsyncIterator[Stage]:
     yield Stage(client)
     assert client._outputs.request_states == {}
     assert client._outputs.external_req_ids == {}
+    assert client._outputs.parent_requests == {}
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -389,6 +391,32 @@ async def test_at_its_deadline_a_generation_ends_in_an_error_of_its_own_api(
     assert raised.value.error.status == 408
     assert len(outputs) == 1
     assert stage.flight.closed, "its place in the engine is free"
+
+
+@pytest.mark.parametrize("replica", [None, "r0"])
+async def test_a_deadline_in_prefill_does_not_make_a_prompt_free(
+    stage: Stage, replica: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaps, moment = Leaps(monkeypatch), asyncio.get_running_loop().time() + 600
+    caller = request_scope.Caller("ann", "ann")
+    with request_scope.request_scope(caller, deadline=(moment, RequestTimeout("Too late."))):
+        _, collecting = await stage.ask(sampling(), [])
+        stage.flight.replica = replica
+        await leaps.over(600)
+        with pytest.raises(PublicHTTPError):
+            await asyncio.wait_for(collecting, LIMIT_S)
+    assert caller.tokens == (len(stage.tokens(PROMPT)) if replica else 0)
+
+
+async def test_a_request_that_its_engine_refuses_costs_nothing(stage: Stage) -> None:
+    caller = request_scope.Caller("ann", "ann")
+    with request_scope.request_scope(caller):
+        submission, collecting = await stage.ask(sampling(), [])
+        stage.flight.replica = "r0"
+        submission.fail(BadRequest("It is too long."))
+        with pytest.raises(PublicHTTPError):
+            await asyncio.wait_for(collecting, LIMIT_S)
+    assert caller.tokens == 0
 
 
 @pytest.mark.parametrize(

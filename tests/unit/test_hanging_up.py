@@ -113,6 +113,7 @@ async def test_a_client_that_hangs_up_leaves_nothing_running(
         await asyncio.gather(*(flight.closed.wait() for flight in house.fleet.flights))
         await house.nothing_runs()
     assert not house.client._outputs.has_unfinished_requests()
+    assert house.client._outputs.parent_requests == {}
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
     if not stream and not cancelled:
         assert house.counted == [499]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,7 @@ pytest.importorskip("vllm")
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyEntry, Keys, hash_of
 from deployments.dispatch import App, Dispatcher
-from tests.unit.recording import Clock, Recorder
+from tests.unit.recording import LIMIT_S, Clock, Recorder
 from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
 
 pytestmark = pytest.mark.asyncio
@@ -76,6 +77,21 @@ async def test_a_key_is_charged_what_usage_says(house: House, stream: bool, n: i
     else:
         usage = answer.json()["usage"]
     assert await house.remaining() == 100_000 - usage["total_tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("taken", [False, True])
+async def test_who_hangs_up_before_the_first_token_pays_for_a_prompt_that_an_engine_has(
+    house: House, stream: bool, taken: bool
+) -> None:
+    house.fleet.silent, house.fleet.takes = True, taken
+    asking = asyncio.create_task(house.http.post(CHAT, json=QUESTION | {"stream": stream, "n": 2}))
+    async with asyncio.timeout(LIMIT_S):
+        await house.fleet.started.wait()
+        asking.cancel()
+        await asyncio.wait({asking})
+    (flight,) = house.fleet.flights
+    assert await house.remaining() == 100_000 - (flight._submission.prompt_tokens if taken else 0)
 
 
 async def test_what_runs_no_engine_costs_no_tokens(house: House) -> None:

@@ -13,15 +13,20 @@ pytest.importorskip("vllm")
 
 from vllm.engine.protocol import EngineClient
 from vllm.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from deployments.seam import frontend
-from deployments.seam.args import engine_args, lora_int_id, parse_args
+from deployments.errors import ConfigError
+from deployments.seam import frontend, guard
+from deployments.seam.args import engine_args, frontend_config, lora_int_id, parse_args
 from deployments.seam.engine_client import FleetClient
+from deployments.seam.token_engine import EngineStats, TokenEngine
 from deployments.seam.wire import Codec, Delta
 from models import tiny_random
+from tests.unit.scripted_fleet import scripted_app
 
 # Left at vLLM's own default: they raise NotImplementedError, or mean nothing over a fleet.
 LEFT_AT_DEFAULT = {
@@ -176,19 +181,17 @@ def test_an_adapter_has_the_same_id_in_every_process() -> None:
         ({"model": "m", "dtype": "float17"}, {}, "dtype"),
         ({"model": "m", "port": 1}, {}, "http_options"),
         ({"model": "m", "seed": 1}, {"seed": 2}, "given twice"),
+        ({"model": "m", "max_num_queued_reqs": 5}, {}, "router.max_queued_requests"),
+        ({"model": "m", "max-num-queued-tokens": 5000}, {}, "router.max_queue_wait_s"),
         ({"model": "m", "data_parallel_size": 2}, {}, "replicas are its data parallelism"),
     ],
 )
 def test_a_mistaken_option_is_named(engine_args: dict[str, Any], frontend_args: dict[str, Any], words: str) -> None:
-    from deployments.errors import ConfigError
-
     with pytest.raises(ConfigError, match=words):
         parse_args("m", engine_args, frontend_args)
 
 
 def test_a_key_that_would_guard_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deployments.errors import ConfigError
-
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     with pytest.raises(ConfigError, match="VLLM_API_KEY") as refused:
         parse_args("m", {"model": "m"}, {})
@@ -215,7 +218,6 @@ def test_totals_add_up_what_vllm_says_of_each_step() -> None:
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
     from deployments.messages import Totals
-    from deployments.seam.token_engine import EngineStats
 
     stats = EngineStats()
     for first, generated in (([0.5, 0.25], 2), ([], 30)):
@@ -226,6 +228,62 @@ def test_totals_add_up_what_vllm_says_of_each_step() -> None:
         stats.record(scheduler, iteration)
     stats.record(None, None)
     assert stats.totals == Totals(32, 200, 2, 0.75, 200, 32)
+
+
+OWN_PARSERS = """
+from vllm.reasoning import ReasoningParserManager
+from vllm.reasoning.deepseek_r1_reasoning_parser import DeepSeekR1ReasoningParser
+from vllm.tool_parsers import ToolParserManager
+from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+
+@ToolParserManager.register_module("own_tools")
+class OwnTools(Hermes2ProToolParser): ...
+
+@ReasoningParserManager.register_module("own_reasoning")
+class OwnReasoning(DeepSeekR1ReasoningParser): ...
+"""
+
+
+@pytest.fixture
+def own_parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options that bring parsers of the user's own."""
+    for manager in (ToolParserManager, ReasoningParserManager):
+        monkeypatch.setattr(manager, "lazy_parsers", dict(manager.lazy_parsers))
+    file = tmp_path / "own_parsers.py"
+    file.write_text(OWN_PARSERS)
+    return {
+        "tool_parser_plugin": str(file),
+        "tool_call_parser": "own_tools",
+        "enable_auto_tool_choice": True,
+        "reasoning_parser_plugin": str(file),
+        "reasoning_parser": "own_reasoning",
+    }
+
+
+@pytest.mark.asyncio
+async def test_parsers_that_users_bring_are_there_as_the_app_is_built(
+    own_parsers: dict[str, Any], tmp_path: Path
+) -> None:
+    _, _, client = await scripted_app(tmp_path / "model", **own_parsers)
+    assert client.vllm_config.reasoning_config.reasoning_parser == "own_reasoning"
+
+
+def test_and_as_an_engine_starts(own_parsers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_parsers = {key: value for key, value in own_parsers.items() if "reasoning" in key}
+    monkeypatch.setenv(guard.REPLICA_PID, "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", lambda config, **options: config)
+    model = {"model": str(tiny_random.write(tmp_path / "model")), "max_model_len": 256, "enforce_eager": True}
+    config: Any = TokenEngine._build(parse_args("m", model, own_parsers), 0, EngineStats(), False)
+    assert config.reasoning_config.reasoning_parser == "own_reasoning"
+
+
+@pytest.mark.parametrize(
+    "options", [{"tool_call_parser": "nobodys", "enable_auto_tool_choice": True}, {"reasoning_parser": "nobodys"}]
+)
+def test_a_parser_that_nobody_brings_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model 'm': .*nobodys"):
+        frontend_config(parse_args("m", {"model": "m"}, options))
 
 
 def test_options_arrive_as_from_the_command_line() -> None:
