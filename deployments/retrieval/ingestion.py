@@ -3,7 +3,7 @@
 There is no queue beside the store: a file of a vector store whose status is `in_progress` *is* the work, so whatever
 happens to this process, the next one goes on. Chunks are committed before the status that says so; what a broken run
 has left of a file that is still in progress is deleted before that file is read again. Deletions mark first, so that
-nobody sees the thing any more, and are finished after a restart if need be.
+nobody sees the thing any more; one that breaks off is finished by the housekeeping, or after a restart.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Final
+from functools import partial, wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, DocumentsUnavailable, Overloaded
 from deployments.retrieval.batching import batches, text_bytes
 from deployments.retrieval.blobs import Blobs, BlobWriter
+from deployments.retrieval.changes import Changes
 from deployments.retrieval.filters import quoted
 from deployments.retrieval.frames import Done
 from deployments.retrieval.parsing import Unreadable
@@ -49,6 +50,9 @@ from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_
 from deployments.retrieval.writer import Fenced, Writer
 
 logger = logging.getLogger("ray.serve.groundswell.indexer")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _LOOK_AHEAD_FILES: Final = 256
 _BUFFERED_PIECES: Final = 64
@@ -96,10 +100,29 @@ class _Piece:
 
 @dataclass
 class _Upload:
+    """A file on its way here.
+
+    Attributes:
+        recorded: Its record has been written, or may have been.
+    """
+
     owner: str | None
     out: BlobWriter
     touched: float
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    recorded: bool = False
+    changing: Changes = field(default_factory=Changes)
+
+
+def _change(
+    method: Callable[Concatenate[Ingestion, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Ingestion, P], Coroutine[Any, Any, T]]:
+    """Have a method make a change to the store: alone, and to its end."""
+
+    @wraps(method)
+    async def change(self: Ingestion, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._changing.make(lambda: method(self, *args, **kwargs))
+
+    return change
 
 
 class Ingestion:
@@ -137,7 +160,8 @@ class Ingestion:
         self._max_chunk_tokens = max_chunk_tokens
         self._clock = clock
         self._uploads: dict[str, _Upload] = {}
-        self._changing = asyncio.Lock()  # what is checked under it still holds when it is written
+        self._changing = Changes(self._note_broken)  # what is checked under it still holds when it is written
+        self._broken = False  # some change has failed, perhaps halfway
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[tuple[str, str], _Job] = {}
         self._unclean: set[tuple[str, str]] = set()  # may have chunks of a former reading
@@ -161,6 +185,8 @@ class Ingestion:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._sandbox.close()
+        async with self._changing:
+            pass  # what has begun has been made to its end
 
     # Files
 
@@ -184,33 +210,45 @@ class Ingestion:
             DocumentsUnavailable: The upload broke off; begin again.
         """
         upload = self._upload(file_id)
-        async with upload.lock:
-            upload.touched = time.monotonic()
-            if offset != upload.out.size:
-                raise DocumentsUnavailable("The upload broke off: try again.", retry_after_s=1)
-            await upload.out.write(data)
+        await upload.changing.make(partial(self._add, upload, offset, data))
+
+    async def _add(self, upload: _Upload, offset: int, data: bytes) -> None:
+        upload.touched = time.monotonic()
+        if offset != upload.out.size:
+            raise DocumentsUnavailable("The upload broke off: try again.", retry_after_s=1)
+        await upload.out.write(data)
 
     async def finish_upload(
         self, file_id: str, filename: str, purpose: str, expires_after_s: int | None = None
     ) -> File:
         """Make a file of what was uploaded."""
         upload = self._upload(file_id)
-        async with upload.lock:
-            await upload.out.close()
-            expires_at = None if expires_after_s is None else int(self._clock()) + expires_after_s
-            created = self._writer.now_us()
-            file = File(file_id, upload.owner, filename, upload.out.size, created, purpose, expires_at)
-            await self._writer.add(FILES, [file])
-            self._forget_upload(file_id)
-            return file
+        return await upload.changing.make(partial(self._record, file_id, upload, filename, purpose, expires_after_s))
+
+    async def _record(
+        self, file_id: str, upload: _Upload, filename: str, purpose: str, expires_after_s: int | None
+    ) -> File:
+        await upload.out.close()
+        expires_at = None if expires_after_s is None else int(self._clock()) + expires_after_s
+        created = self._writer.now_us()
+        file = File(file_id, upload.owner, filename, upload.out.size, created, purpose, expires_at)
+        upload.recorded = True
+        await self._writer.add(FILES, [file])
+        self._forget_upload(file_id)
+        return file
 
     async def abort_upload(self, file_id: str) -> None:
-        """Forget an upload that will not be finished."""
+        """Leave nothing of an upload that will not be finished, or of which nobody hears that it was just now."""
         if (upload := self._uploads.get(file_id)) is not None:
-            async with upload.lock:
-                self._forget_upload(file_id)
-                await upload.out.close()
-                await self._blobs.delete(file_id)
+            await upload.changing.make(partial(self._abort, file_id, upload))
+
+    async def _abort(self, file_id: str, upload: _Upload) -> None:
+        self._forget_upload(file_id)
+        await upload.out.close()
+        if upload.recorded:
+            await self._changing.make(partial(self._delete_file, file_id))
+        else:
+            await self._blobs.delete(file_id)
 
     def _upload(self, file_id: str) -> _Upload:
         if (upload := self._uploads.get(file_id)) is None:
@@ -221,17 +259,20 @@ class Ingestion:
         self._uploads.pop(file_id, None)
         self._metrics.set("indexer_open_uploads", len(self._uploads))
 
+    @_change
     async def delete_file(self, owner: str | None, file_id: str) -> None:
         """Delete a file, and what vector stores have of it.
 
         Raises:
             NotFound: There is none, or it is another's.
         """
-        async with self._changing:
-            if await self._reader.file(owner, file_id) is None:
-                raise no_file(file_id)
-            await self._writer.mark_deleting(FILES, f"id = {quoted(file_id)}")
-            await self._finish_file(file_id)
+        if await self._reader.file(owner, file_id) is None:
+            raise no_file(file_id)
+        await self._delete_file(file_id)
+
+    async def _delete_file(self, file_id: str) -> None:
+        await self._writer.mark_deleting(FILES, f"id = {quoted(file_id)}")
+        await self._finish_file(file_id)
 
     async def _finish_file(self, file_id: str) -> None:
         for member in await self._reader.select(MEMBERS, f"file_id = {quoted(file_id)}"):
@@ -241,6 +282,7 @@ class Ingestion:
 
     # Vector stores
 
+    @_change
     async def create_store(
         self,
         owner: str | None,
@@ -262,27 +304,26 @@ class Ingestion:
             metadata=metadata or {},
             embedding_model=self._config.embedding_model,
         )
-        async with self._changing:
-            members, _ = await self._members(store, attachments, None)
-            await self._writer.add(STORES, [store])
-            await self._writer.add(MEMBERS, members)
+        members, _ = await self._members(store, attachments, None)
+        await self._writer.add(STORES, [store])
+        await self._writer.add(MEMBERS, members)
         self._wake.set()
         return store
 
+    @_change
     async def update_store(self, owner: str | None, store_id: str, changes: Mapping[str, Any]) -> VectorStore:
         """Change a store's `name`, `description`, `metadata` or `expires_after_days`; what is not there stays."""
-        async with self._changing:
-            store = await self._store(owner, store_id, open_only=False)
-            changed = replace(store, **changes, last_active_at=int(self._clock()))
-            await self._writer.put(STORES, [changed])
-            return changed
+        store = await self._store(owner, store_id, open_only=False)
+        changed = replace(store, **changes, last_active_at=int(self._clock()))
+        await self._writer.put(STORES, [changed])
+        return changed
 
+    @_change
     async def delete_store(self, owner: str | None, store_id: str) -> None:
         """Delete a store; its files stay."""
-        async with self._changing:
-            await self._store(owner, store_id, open_only=False)
-            await self._writer.mark_deleting(STORES, f"id = {quoted(store_id)}")
-            await self._finish_store(store_id)
+        await self._store(owner, store_id, open_only=False)
+        await self._writer.mark_deleting(STORES, f"id = {quoted(store_id)}")
+        await self._finish_store(store_id)
 
     async def _finish_store(self, store_id: str) -> None:
         await self._empty_store(store_id)
@@ -295,14 +336,15 @@ class Ingestion:
         await self._writer.drop_chunks(store_id)
         await self._writer.delete(MEMBERS, f"store_id = {quoted(store_id)}")
 
+    @_change
     async def touch(self, store_ids: Sequence[str]) -> None:
         """Note that stores were used, which is what their expiry counts from."""
-        async with self._changing:
-            where = f"id IN ({listed(store_ids)}) AND state = 'open'"
-            await self._writer.update(STORES, where, {"last_active_at": int(self._clock())})
+        where = f"id IN ({listed(store_ids)}) AND state = 'open'"
+        await self._writer.update(STORES, where, {"last_active_at": int(self._clock())})
 
     # Files in vector stores
 
+    @_change
     async def attach(self, owner: str | None, store_id: str, attachment: Attachment) -> VectorStoreFile:
         """Put a file into a store; it is indexed soon.
 
@@ -310,10 +352,9 @@ class Ingestion:
             NotFound: There is no such store or file.
             BadRequest: The store has expired, or was made for another embedding model.
         """
-        async with self._changing:
-            store = await self._store(owner, store_id)
-            members, former = await self._members(store, [attachment], None)
-            await self._put_members(members, former)
+        store = await self._store(owner, store_id)
+        members, former = await self._members(store, [attachment], None)
+        await self._put_members(members, former)
         return members[0]
 
     async def check_attachable(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> None:
@@ -321,20 +362,20 @@ class Ingestion:
         store = await self._store(owner, store_id)
         await self._attachable(store, attachments)
 
+    @_change
     async def attach_batch(
         self, owner: str | None, store_id: str, attachments: Sequence[Attachment], batch_id: str | None = None
     ) -> Batch:
         """Put files into a store, as one batch; `batch_id` adds them to one that is there."""
-        async with self._changing:
-            store = await self._store(owner, store_id)
-            if batch_id is None:
-                batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
-            else:
-                batch = await self._batch(store_id, batch_id)
-            members, former = await self._members(store, attachments, batch.id)
-            if batch_id is None:
-                await self._writer.add(BATCHES, [batch])
-            await self._put_members(members, former)
+        store = await self._store(owner, store_id)
+        if batch_id is None:
+            batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
+        else:
+            batch = await self._batch(store_id, batch_id)
+        members, former = await self._members(store, attachments, batch.id)
+        if batch_id is None:
+            await self._writer.add(BATCHES, [batch])
+        await self._put_members(members, former)
         return batch
 
     async def _attachable(self, store: VectorStore, attachments: Sequence[Attachment]) -> dict[str, File]:
@@ -357,6 +398,8 @@ class Ingestion:
         by_id = {attachment.file_id: attachment for attachment in attachments}
         where = f"store_id = {quoted(store.id)} AND file_id IN ({listed(list(by_id))})"
         present = {m.file_id: m for m in await self._reader.select(MEMBERS, where)} if by_id else {}
+        for going in await self._reader.select(MEMBERS, where, deleting=True) if by_id else ():
+            await self._remove(going)  # or its row would come back, beside chunks of before
         members, former = [], []
         for file_id, attachment in by_id.items():
             member = VectorStoreFile(
@@ -411,38 +454,38 @@ class Ingestion:
                 param="chunking_strategy",
             )
 
+    @_change
     async def set_attributes(
         self, owner: str | None, store_id: str, file_id: str, attributes: Attributes
     ) -> VectorStoreFile:
         """Give a file of a store new attributes."""
-        async with self._changing:
-            await self._store(owner, store_id)
-            member = await self._member(store_id, file_id)
-            if member.status == "completed":
-                await self._writer.set_attributes(store_id, file_id, attributes)
-            elif (store_id, file_id) in self._jobs:
-                await self._stop(member)  # it is read again, with the new ones
-            changed = replace(member, attributes=attributes)
-            await self._writer.put(MEMBERS, [changed])
+        await self._store(owner, store_id)
+        member = await self._member(store_id, file_id)
+        if member.status == "completed":
+            await self._writer.set_attributes(store_id, file_id, attributes)
+        elif (store_id, file_id) in self._jobs:
+            await self._stop(member)  # it is read again, with the new ones
+        changed = replace(member, attributes=attributes)
+        await self._writer.put(MEMBERS, [changed])
         self._wake.set()
         return changed
 
+    @_change
     async def detach(self, owner: str | None, store_id: str, file_id: str) -> None:
         """Take a file out of a store."""
-        async with self._changing:
-            await self._store(owner, store_id, open_only=False)
-            member = await self._member(store_id, file_id)
-            await self._writer.mark_deleting(MEMBERS, _row(member))
-            await self._remove(member)
+        await self._store(owner, store_id, open_only=False)
+        member = await self._member(store_id, file_id)
+        await self._writer.mark_deleting(MEMBERS, _row(member))
+        await self._remove(member)
 
+    @_change
     async def cancel_batch(self, owner: str | None, store_id: str, batch_id: str) -> Batch:
         """Stop indexing the files of a batch that are not done."""
-        async with self._changing:
-            await self._store(owner, store_id, open_only=False)
-            batch = await self._batch(store_id, batch_id)
-            await self._writer.update(BATCHES, f"id = {quoted(batch_id)}", {"cancelled": True})
-            await self._finish_cancel(batch)
-            return replace(batch, cancelled=True)
+        await self._store(owner, store_id, open_only=False)
+        batch = await self._batch(store_id, batch_id)
+        await self._writer.update(BATCHES, f"id = {quoted(batch_id)}", {"cancelled": True})
+        await self._finish_cancel(batch)
+        return replace(batch, cancelled=True)
 
     async def _finish_cancel(self, batch: Batch) -> None:
         where = f"batch_id = {quoted(batch.id)} AND status = 'in_progress'"
@@ -494,6 +537,21 @@ class Ingestion:
 
     async def _recover(self) -> None:
         await self._forget_broken_uploads()
+        await self._finish_broken()
+        begun: dict[str, list[str]] = {}
+        for member in await self._reader.select(MEMBERS, "status = 'in_progress'"):
+            begun.setdefault(member.store_id, []).append(member.file_id)
+        for store_id, file_ids in begun.items():
+            logger.info("Going on with %d files of vector store %s", len(file_ids), store_id)
+            await self._purge(store_id, file_ids)
+
+    def _note_broken(self) -> None:
+        self._broken = True
+        self._metrics.inc("indexer_broken_changes")
+
+    @_change
+    async def _finish_broken(self) -> None:
+        """Finish deletions and cancellations that broke off."""
         for file in await self._reader.select(FILES, "true", deleting=True):
             await self._finish_file(file.id)
         for store in await self._reader.select(STORES, "true", deleting=True):
@@ -502,12 +560,7 @@ class Ingestion:
             await self._remove(member)
         for batch in await self._reader.select(BATCHES, "cancelled = true"):
             await self._finish_cancel(batch)
-        begun: dict[str, list[str]] = {}
-        for member in await self._reader.select(MEMBERS, "status = 'in_progress'"):
-            begun.setdefault(member.store_id, []).append(member.file_id)
-        for store_id, file_ids in begun.items():
-            logger.info("Going on with %d files of vector store %s", len(file_ids), store_id)
-            await self._purge(store_id, file_ids)
+        self._broken = False
 
     async def _forget_broken_uploads(self) -> None:
         known = {file.id for file in await self._reader.select(FILES, "true")}
@@ -526,7 +579,9 @@ class Ingestion:
                 logger.error("This Indexer must stop writing: %s", error)
                 self.fenced = True
             except Exception:
-                logger.exception("The Indexer's %s failed; it goes on", loop.__name__.strip("_"))
+                name = loop.__name__.strip("_")
+                self._metrics.inc("indexer_loop_failures", loop=name)
+                logger.exception("The Indexer's %s failed; it goes on", name)
                 await asyncio.sleep(1)
 
     async def _read_files(self) -> None:
@@ -725,6 +780,8 @@ class Ingestion:
         while True:
             await self._end_stale_uploads()
             await self._expire()
+            if self._broken:
+                await self._finish_broken()
             await asyncio.sleep(_HOUSE_KEEPING_S)
 
     async def _end_stale_uploads(self) -> None:

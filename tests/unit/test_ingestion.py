@@ -16,10 +16,12 @@ import pytest_asyncio
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
 from deployments.metrics import METRICS, NoMetrics
+from deployments.retrieval import ingestion
 from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
 from deployments.retrieval.tables import FILES, MEMBERS, STORES
 from tests.unit.documents import docx, pdf, zip_bomb
 from tests.unit.house import DIMENSION, LIMIT_S, House, house, stub_embed
+from tests.unit.recording import Recorder
 
 pytestmark = pytest.mark.asyncio
 
@@ -115,9 +117,6 @@ async def test_attaching_again_in_vain_loses_nothing(tmp_path: Path, monkeypatch
             await made.ingestion.attach_batch(None, store, [changed, Attachment(other, {}, Chunking(201, 0))])
         assert await found(made, store, "zebra") == {file}
 
-        async def full(table: Any, records: Any) -> None:
-            raise OSError("disk full")
-
         with monkeypatch.context() as patched:
             patched.setattr(made.writer, "put", full)
             with pytest.raises(OSError, match="disk full"):
@@ -125,11 +124,8 @@ async def test_attaching_again_in_vain_loses_nothing(tmp_path: Path, monkeypatch
         assert await found(made, store, "zebra") == {file}
         assert (await made.catalog.member(None, store, file)).status == "completed"
 
-        async def broken(*args: Any) -> None:
-            raise OSError("disk full")
-
         with monkeypatch.context() as patched:
-            patched.setattr(made.ingestion, "_purge", broken)
+            patched.setattr(made.ingestion, "_purge", full)
             with pytest.raises(OSError, match="disk full"):
                 await made.ingestion.attach(None, store, changed)
         await made.indexed(store)
@@ -402,6 +398,105 @@ async def test_unfinished_deletions_are_finished_at_the_next_start(tmp_path: Pat
         assert await found(made, store, "zebra") == {three}
         assert len(list((tmp_path / "files").iterdir())) == 3
         assert not (tmp_path / "tables" / f"chunks_{gone}.lance").exists()
+
+
+class Held:
+    """A call that stops before it begins, or once it is done, until a test lets it go on."""
+
+    def __init__(self, call: Any, *, done: bool = False) -> None:
+        self._call, self._done = call, done
+        self.reached, self.go = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._done:
+            result = await self._call(*args, **kwargs)
+        self.reached.set()
+        await self.go.wait()
+        return result if self._done else await self._call(*args, **kwargs)
+
+
+async def leave(call: Any, at: Held) -> None:
+    """Make a call, and cancel it where it is held."""
+    calling = asyncio.ensure_future(call)
+    await asyncio.wait_for(at.reached.wait(), LIMIT_S)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
+async def full(*args: Any, **kwargs: Any) -> None:
+    raise OSError("disk full")
+
+
+async def test_a_deletion_that_breaks_off_is_finished_by_the_housekeeping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_HOUSE_KEEPING_S", 0.01)
+    recorder = Recorder()
+    async with house(tmp_path, metrics=recorder) as made:
+        store, (one, two) = await made.store_of("first zebra", "second zebra")
+        with monkeypatch.context() as patched:
+            patched.setattr(made.writer, "delete_chunks", full)
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.delete_file(None, one)
+        async with asyncio.timeout(LIMIT_S):
+            while await found(made, store, "zebra") != {two} or (tmp_path / "files" / one).exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    assert recorder.counts["indexer_broken_changes",] >= 1
+
+
+async def test_a_caller_that_leaves_does_not_cut_a_deletion_in_half(
+    words: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (one, two) = await words.store_of("first zebra", "second zebra")
+    held = Held(words.writer.delete_chunks)
+    monkeypatch.setattr(words.writer, "delete_chunks", held)
+    await leave(words.ingestion.delete_file(None, one), held)
+    held.go.set()
+    await words.ingestion.close()  # which waits for it
+    assert await found(words, store, "zebra") == {two}
+    assert await words.reader.select(FILES, "true", deleting=True) == []
+
+
+async def test_a_failure_is_logged_if_its_caller_has_left(
+    words: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, (file,) = await words.store_of("one zebra")
+    held = Held(full)
+    monkeypatch.setattr(words.writer, "delete_chunks", held)
+    await leave(words.ingestion.detach(None, store, file), held)
+    held.go.set()
+    await words.ingestion.close()
+    assert "after its caller had left" in caplog.text
+
+
+async def test_a_file_whose_detachment_broke_off_is_not_there_twice_when_it_is_attached_again(
+    words: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (file,) = await words.store_of("one zebra")
+    with monkeypatch.context() as patched:
+        patched.setattr(words.writer, "delete_chunks", full)
+        with pytest.raises(OSError, match="disk full"):
+            await words.ingestion.detach(None, store, file)
+    await words.ingestion.attach(None, store, Attachment(file))
+    await words.indexed(store)
+    assert len(await words.reader.chunks(store, file)) == 1
+
+
+@pytest.mark.parametrize("done", [False, True])
+async def test_an_upload_cut_off_while_it_finishes_leaves_neither_record_nor_bytes(
+    words: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    file_id = await words.ingestion.begin_upload(None)
+    await words.ingestion.upload(file_id, 0, b"zebra")
+    held = Held(words.writer.add, done=done)
+    monkeypatch.setattr(words.writer, "add", held)
+    await leave(words.ingestion.finish_upload(file_id, "a.txt", "assistants"), held)
+    aborting = asyncio.create_task(words.ingestion.abort_upload(file_id))
+    held.go.set()
+    await aborting
+    assert await words.reader.select(FILES, "true") == []
+    assert list((tmp_path / "files").iterdir()) == []
 
 
 async def test_a_compaction_that_fails_is_counted_and_tried_again(
