@@ -165,6 +165,7 @@ class Ingestion:
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[tuple[str, str], _Job] = {}
         self._unclean: set[tuple[str, str]] = set()  # may have chunks of a former reading
+        self._cancelling: set[str] = set()  # batches that may have files in progress no longer
         self._wake = asyncio.Event()
         self._refilling = asyncio.Lock()
         self._pieces: asyncio.Queue[_Piece] = asyncio.Queue(_BUFFERED_PIECES)
@@ -334,6 +335,7 @@ class Ingestion:
         for job in [job for job in self._jobs.values() if job.member.store_id == store_id]:
             self._cancel(job.member)
         await self._writer.drop_chunks(store_id)
+        self._unclean = {key for key in self._unclean if key[0] != store_id}
         await self._writer.delete(MEMBERS, f"store_id = {quoted(store_id)}")
 
     @_change
@@ -429,13 +431,10 @@ class Ingestion:
         """Write rows of files, then delete the chunks of those they replace: a crash between leaves work, not a gap."""
         for member in former:
             self._cancel(member)
-        replaced = {(member.store_id, member.file_id) for member in former}
-        self._unclean |= replaced
         await self._writer.put(MEMBERS, members)
         self._wake.set()
-        for store_id in {store_id for store_id, _ in replaced}:
-            await self._purge(store_id, [file_id for _, file_id in replaced])
-        self._unclean -= replaced
+        for store_id in {member.store_id for member in former}:
+            await self._purge(store_id, [member.file_id for member in former])
 
     @property
     def default_chunking(self) -> Chunking:
@@ -488,12 +487,14 @@ class Ingestion:
         return replace(batch, cancelled=True)
 
     async def _finish_cancel(self, batch: Batch) -> None:
+        self._cancelling.add(batch.id)
         where = f"batch_id = {quoted(batch.id)} AND status = 'in_progress'"
         if members := await self._reader.select(MEMBERS, where):
             for member in members:
                 self._cancel(member)
             await self._purge(batch.store_id, [member.file_id for member in members])
             await self._writer.update(MEMBERS, where, {"status": "cancelled"})
+        self._cancelling.discard(batch.id)
 
     async def _remove(self, member: VectorStoreFile) -> None:
         await self._stop(member)
@@ -505,13 +506,19 @@ class Ingestion:
         await self._purge(member.store_id, [member.file_id])
 
     def _cancel(self, member: VectorStoreFile) -> None:
-        if (job := self._jobs.pop((member.store_id, member.file_id), None)) is not None:
+        """Stop indexing a file; what is there of it is purged before it is indexed again, if not sooner."""
+        key = (member.store_id, member.file_id)
+        self._unclean.add(key)
+        if (job := self._jobs.pop(key, None)) is not None:
             job.cancelled = True
+            self._wake.set()  # should what is to follow fail, the file is still in progress
 
     async def _purge(self, store_id: str, file_ids: Sequence[str]) -> None:
         for first in range(0, len(file_ids), _DELETED_TOGETHER):
+            some = file_ids[first : first + _DELETED_TOGETHER]
             if await self._reader.has_chunks(store_id):
-                await self._writer.delete_chunks(store_id, file_ids[first : first + _DELETED_TOGETHER])
+                await self._writer.delete_chunks(store_id, some)
+            self._unclean -= {(store_id, file_id) for file_id in some}
 
     async def _store(self, owner: str | None, store_id: str, *, open_only: bool = True) -> VectorStore:
         store = await self._reader.store(owner, store_id)
@@ -607,9 +614,10 @@ class Ingestion:
                 self._wake.clear()
                 async with self._changing:  # nobody detaches a file between this look and its job
                     limit = _LOOK_AHEAD_FILES + len(self._jobs)
-                    for member in await self._reader.select(
-                        MEMBERS, "status = 'in_progress'", order="asc", limit=limit
-                    ):
+                    where = "status = 'in_progress'"
+                    if self._cancelling:
+                        where += f" AND (batch_id IS NULL OR batch_id NOT IN ({listed(list(self._cancelling))}))"
+                    for member in await self._reader.select(MEMBERS, where, order="asc", limit=limit):
                         if (job := _Job(member)).key not in self._jobs:
                             self._jobs[job.key] = job
                             self._waiting.append(job)
@@ -648,15 +656,19 @@ class Ingestion:
         But for what would fail for ever: a text that the embedding model refuses, a store made for another model.
         """
         wait_s = _RETRY_S[0]
+        refused: Unreadable | None = None
         while True:
             try:
+                if refused is not None:
+                    return await self._give_up(pieces[0].job, refused)
                 return await self._write(pieces, again=again)
             except Fenced:
                 raise
             except Unreadable as error:  # of some file among these: find out which
                 jobs = list(dict.fromkeys(piece.job for piece in pieces))
                 if len(jobs) == 1:
-                    return await self._give_up(jobs[0], error)
+                    refused = error
+                    continue
                 for job in jobs:
                     await self._write_until_done([piece for piece in pieces if piece.job is job], again=again)
                 return
@@ -669,8 +681,8 @@ class Ingestion:
     async def _give_up(self, job: _Job, error: Unreadable) -> None:
         async with self._changing:
             if not job.cancelled:
-                job.cancelled = True
                 await self._finish([_Piece(job, end=True, error=error)])
+                job.cancelled = True  # what is still read of it is not written
 
     async def _write(self, pieces: list[_Piece], *, again: bool) -> None:
         """Embed and commit pieces, then the states of the files that end with them.

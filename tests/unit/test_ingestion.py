@@ -483,6 +483,107 @@ async def test_a_file_whose_detachment_broke_off_is_not_there_twice_when_it_is_a
     assert len(await words.reader.chunks(store, file)) == 1
 
 
+@pytest.mark.parametrize("at", ["delete_chunks", "update_members"])
+async def test_a_cancelled_batch_stays_so_when_that_fails_at_first_and_none_of_it_is_there_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    later = asyncio.Event()
+
+    async def holding_stub_embed(texts: Any) -> Any:
+        if any("zebra 2999" in text for text in texts):
+            await later.wait()
+        return await stub_embed(texts)
+
+    monkeypatch.setattr(ingestion, "_CHUNKS_A_COMMIT", 64)
+    async with house(tmp_path, embed=holding_stub_embed) as made:
+        written = Held(made.writer.add_chunks, done=True)
+        written.go.set()
+        monkeypatch.setattr(made.writer, "add_chunks", written)
+        file = await made.upload("\n\n".join(f"zebra {i} " + "word " * 90 for i in range(3000)))
+        store = await made.ingestion.create_store(None)
+        batch = await made.ingestion.attach_batch(None, store.id, [Attachment(file, {}, Chunking(100, 0))])
+        await asyncio.wait_for(written.reached.wait(), LIMIT_S)
+        update = made.writer.update
+
+        async def not_members(table: Any, *args: Any) -> None:
+            await (full() if table is MEMBERS else update(table, *args))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.writer, *(("update", not_members) if at == "update_members" else (at, full)))
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.cancel_batch(None, store.id, batch.id)
+        later.set()
+        other = await made.upload("another zebra")
+        await made.ingestion.attach(None, store.id, Attachment(other))
+        async with asyncio.timeout(LIMIT_S):
+            while (await made.catalog.member(None, store.id, other)).status == "in_progress":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await made.ingestion._finish_broken()
+        counts = (await made.catalog.batch(None, store.id, batch.id))[1]
+        assert (counts.cancelled, counts.total) == (1, 1)
+        assert await made.reader.chunks(store.id, file) == []
+        again = await made.ingestion.attach(None, store.id, Attachment(file, {}, Chunking(100, 0)))
+        assert again.status == "in_progress"
+        await made.indexed(store.id)
+        rows = await made.reader.by_words(store.id, "word", None, 100_000)
+        assert len(rows) > 2000
+        assert Counter(row.position for row in rows).most_common(1)[0][1] == 1
+
+
+async def test_new_attributes_that_fail_at_first_leave_the_file_to_be_indexed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = asyncio.Event()
+
+    async def holding_stub_embed(texts: Any) -> Any:
+        if any("zebra 999" in text for text in texts):
+            await later.wait()
+        return await stub_embed(texts)
+
+    monkeypatch.setattr(ingestion, "_CHUNKS_A_COMMIT", 64)
+    async with house(tmp_path, embed=holding_stub_embed) as made:
+        written = Held(made.writer.add_chunks, done=True)
+        written.go.set()
+        monkeypatch.setattr(made.writer, "add_chunks", written)
+        file = await made.upload("\n\n".join(f"zebra {i} " + "word " * 90 for i in range(1000)))
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 0))])
+        await asyncio.wait_for(written.reached.wait(), LIMIT_S)
+        with monkeypatch.context() as patched:
+            patched.setattr(made.writer, "delete_chunks", full)
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.set_attributes(None, store.id, file, {"k": "v"})
+        later.set()
+        assert [m.status for m in await made.indexed(store.id)] == ["completed"]
+        rows = await made.reader.by_words(store.id, "word", None, 100_000)
+        assert len(rows) > 500
+        assert Counter(row.position for row in rows).most_common(1)[0][1] == 1
+
+
+async def test_a_file_that_cannot_be_failed_at_first_fails_later_and_its_neighbours_are_indexed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def picky_stub_embed(texts: Any) -> Any:
+        if any("poison" in text for text in texts):
+            raise BadRequest("no poison, please")
+        return await stub_embed(texts)
+
+    async with house(tmp_path, embed=picky_stub_embed) as made:
+        put, failed = made.writer.put, []
+
+        async def put_at_the_second_time(table: Any, records: Any) -> None:
+            if table is MEMBERS and any(r.status == "failed" for r in records) and not failed:
+                failed.append(1)
+                await full()
+            await put(table, records)
+
+        monkeypatch.setattr(made.writer, "put", put_at_the_second_time)
+        files = [await made.upload(text) for text in ("poison zebra", "one zebra")]
+        store = await made.ingestion.create_store(None, attachments=[Attachment(f) for f in files])
+        members = {m.file_id: m.status for m in await made.indexed(store.id)}
+        assert members == {files[0]: "failed", files[1]: "completed"}
+        assert failed == [1]
+
+
 @pytest.mark.parametrize("done", [False, True])
 async def test_an_upload_cut_off_while_it_finishes_leaves_neither_record_nor_bytes(
     words: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
