@@ -23,9 +23,9 @@ import pyarrow as pa
 
 from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, DocumentsUnavailable, Overloaded
-from deployments.retrieval.batching import batches, text_bytes
 from deployments.retrieval.blobs import Blobs, BlobWriter
 from deployments.retrieval.changes import Changes
+from deployments.retrieval.embedding import Embedder, Text
 from deployments.retrieval.filters import quoted
 from deployments.retrieval.frames import Done
 from deployments.retrieval.parsing import Unreadable
@@ -62,7 +62,6 @@ _HOUSE_KEEPING_S: Final = 10.0
 _COMPACTION_LOOK_S: Final = 1.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
-_EMBED_CALLS_AT_ONCE: Final = 4
 
 
 @dataclass(eq=False)
@@ -89,13 +88,30 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Something of a job on its way into the store: chunks, or its end."""
+    """Something of a job on its way into the store: chunks, or its end.
+
+    Attributes:
+        texts: Those of the chunks, if they are to have vectors.
+    """
 
     job: _Job
     first: int = 0
     chunks: Sequence[Chunk] = ()
+    texts: Sequence[Text] = ()
     end: bool = False
     error: Unreadable | None = None
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """One a row, or None before they are made, or without."""
+        made = [text.vector for text in self.texts if text.vector is not None]
+        return np.stack(made) if made else None
+
+    @property
+    def dimension(self) -> int:
+        """Of its vectors, 0 without any."""
+        vector = self.texts[0].vector if self.texts else None
+        return 0 if vector is None else len(vector)
 
 
 @dataclass
@@ -156,7 +172,9 @@ class Ingestion:
         self._writer, self._reader, self._blobs, self._sandbox = writer, reader, blobs, sandbox
         self._metrics = metrics
         self._staged = partial(staged, metrics, "indexer_stage_seconds")
-        self._embed = embed
+        self._embedder = (
+            Embedder(embed, batch_texts=config.embed_batch_texts, timeout_s=config.embed_timeout_s) if embed else None
+        )
         self._max_chunk_tokens = max_chunk_tokens
         self._clock = clock
         self._uploads: dict[str, _Upload] = {}
@@ -635,7 +653,8 @@ class Ingestion:
                         return
                     self._buffered += len(chunks)
                     job.usage_bytes += sum(len(chunk.text.encode()) for chunk in chunks)
-                    await self._pieces.put(_Piece(job, job.position, chunks))
+                    texts = [Text(chunk.text) for chunk in chunks] if self._embedder else ()
+                    await self._pieces.put(_Piece(job, job.position, chunks, texts))
                     job.position += len(chunks)
             finally:
                 await stream.aclose()
@@ -701,28 +720,25 @@ class Ingestion:
             for store_id in dict.fromkeys(p.job.member.store_id for p in wanted):
                 check_usable(stores[store_id], self._config.embedding_model)
         # A store made without an embedding model has no room for vectors, whatever the config says now.
-        vectors = await self._vectors(
-            [p for p in wanted if p.chunks and stores[p.job.member.store_id].embedding_model is not None], times
-        )
+        meant = [p for p in wanted if p.texts and stores[p.job.member.store_id].embedding_model is not None]
+        if self._embedder is not None and meant:
+            async with self._staged("embed", times):
+                await self._embedder.embed([text for piece in meant for text in piece.texts])
         with _ours():
-            for piece in wanted:
-                if (made := vectors.get(id(piece))) is not None:
-                    check_dimension(stores[piece.job.member.store_id], made.shape[1])
+            for piece in meant:
+                check_dimension(stores[piece.job.member.store_id], piece.dimension)
         async with self._changing, self._staged("index", times):
             live = [p for p in wanted if not p.job.cancelled]
             for store_id in dict.fromkeys(p.job.member.store_id for p in live if p.chunks):
                 of_store = [p for p in live if p.chunks and p.job.member.store_id == store_id]
-                await self._write_chunks(stores[store_id], of_store, vectors, again=again)
+                await self._write_chunks(stores[store_id], of_store, again=again)
             await self._finish([p for p in live if p.end])
         if n := sum(len(p.chunks) for p in live):
             spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in times.items())
             logger.info("%d chunks of %d files written: %s", n, len({p.job for p in live}), spent)
 
-    async def _write_chunks(
-        self, store: VectorStore, pieces: list[_Piece], vectors: Mapping[int, Vectors], *, again: bool
-    ) -> None:
-        first = vectors.get(id(pieces[0]))
-        dimension = first.shape[1] if first is not None else 0
+    async def _write_chunks(self, store: VectorStore, pieces: list[_Piece], *, again: bool) -> None:
+        dimension = pieces[0].dimension
         if store.dimension != dimension:
             await self._writer.update(STORES, f"id = {quoted(store.id)}", {"dimension": dimension})
         await self._writer.create_chunks(store.id, dimension)
@@ -731,31 +747,8 @@ class Ingestion:
                 begun = min(piece.first for piece in pieces if piece.job is job)
                 await self._writer.delete_chunks(store.id, [job.member.file_id], first=begun)
                 self._unclean.discard(job.key)
-        rows = [chunk_rows(p.job.member, p.chunks, p.first, vectors.get(id(p)), dimension) for p in pieces]
+        rows = [chunk_rows(p.job.member, p.chunks, p.first, p.vectors, dimension) for p in pieces]
         await self._writer.add_chunks(store.id, pa.concat_tables(rows))
-
-    async def _vectors(self, pieces: list[_Piece], times: dict[str, float]) -> dict[int, Vectors]:
-        if self._embed is None or not pieces:
-            return {}
-        texts = [chunk.text for piece in pieces for chunk in piece.chunks]
-        at_once = asyncio.Semaphore(_EMBED_CALLS_AT_ONCE)
-        embed = self._embed
-
-        async def call(batch: Sequence[str]) -> Vectors:
-            async with at_once, asyncio.timeout(self._config.embed_timeout_s):
-                try:
-                    return await embed(batch)
-                except BadRequest as error:
-                    raise Unreadable("invalid_file", error.message) from None
-
-        async with self._staged("embed", times):
-            together = batches(texts, text_bytes, most=self._config.embed_batch_texts)
-            made = np.concatenate(await asyncio.gather(*(call(batch) for batch in together)))
-        vectors, first = {}, 0
-        for piece in pieces:
-            vectors[id(piece)] = made[first : first + len(piece.chunks)]
-            first += len(piece.chunks)
-        return vectors
 
     async def _finish(self, ends: list[_Piece]) -> None:
         members = []

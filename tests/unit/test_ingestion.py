@@ -236,6 +236,27 @@ async def test_a_text_the_embedding_model_refuses_fails_that_file_alone(tmp_path
         assert await found(made, store.id, "zebra") == {files[0], files[2]}
 
 
+async def test_a_text_at_which_the_embedding_model_hangs_fails_that_file_alone_and_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_RETRY_S", (0.001, 0.01))
+
+    async def hanging_stub_embed(texts: Any) -> Any:
+        if any("poison" in text for text in texts) or len(texts) > 40:
+            await asyncio.Event().wait()
+        return await stub_embed(texts)
+
+    async with house(tmp_path, embed=hanging_stub_embed, embed_timeout_s=0.01) as made:
+        long = "\n\n".join(f"zebra {i} " + "word " * 90 for i in range(200))
+        files = [await made.upload(text) for text in (long, "poison zebra", "two zebras")]
+        attachments = [Attachment(f, {}, Chunking(100, 0)) for f in files]
+        store = await made.ingestion.create_store(None, attachments=attachments)
+        members = {m.file_id: m for m in await made.indexed(store.id)}
+        assert (members[files[1]].status, members[files[1]].error_code) == ("failed", "server_error")
+        assert await found(made, store.id, "zebra") == {files[0], files[2]}
+        assert len(await made.reader.chunks(store.id, files[0])) == 200
+
+
 async def test_a_commit_that_fails_halfway_is_repeated_without_doubling(
     words: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
