@@ -44,7 +44,7 @@ from deployments.retrieval.records import (
     new_id,
 )
 from deployments.retrieval.rules import check_dimension, check_usable, no_batch, no_file, no_member, no_store
-from deployments.retrieval.sandbox import Sandbox
+from deployments.retrieval.sandbox import Interrupted, Sandbox
 from deployments.retrieval.stages import staged
 from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows, chunks_table, is_missing
 from deployments.retrieval.writer import Fenced, Writer
@@ -62,6 +62,7 @@ _HOUSE_KEEPING_S: Final = 10.0
 _COMPACTION_LOOK_S: Final = 1.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
+_READ_AGAIN_AFTER_S: Final = (1.0, 5.0, 20.0)
 
 
 @dataclass(eq=False)
@@ -613,7 +614,7 @@ class Ingestion:
         while True:
             job = await self._next_job()
             try:
-                await self._read(job)
+                await self._read_again(job)
             except Unreadable as error:
                 await self._pieces.put(_Piece(job, end=True, error=error))
             except Exception:
@@ -643,14 +644,34 @@ class Ingestion:
                 if not self._waiting:
                     await self._wake.wait()
 
+    async def _read_again(self, job: _Job) -> None:
+        """Read a file, a few times if need be: what breaks off may not be its fault."""
+        for wait_s in _READ_AGAIN_AFTER_S:
+            try:
+                return await self._read(job)
+            except (OSError, Interrupted) as error:
+                if job.cancelled:
+                    return
+                self._metrics.inc("indexer_read_retries")
+                kind = type(error).__name__
+                logger.warning("File %s is read again in %.1f s: %s: %s", job.member.file_id, wait_s, kind, error)
+                await asyncio.sleep(wait_s)
+        try:
+            await self._read(job)
+        except Interrupted as error:
+            raise error.refusal from None
+
     async def _read(self, job: _Job) -> None:
-        member = job.member
+        member, seen = job.member, 0
         async with self._blobs.local(member.file_id) as path:
             stream = self._sandbox.chunks(path, member.filename, member.chunking, done=partial(setattr, job, "read"))
             try:
                 async for chunks in stream:
                     if job.cancelled:
                         return
+                    chunks, seen = chunks[max(0, job.position - seen) :], seen + len(chunks)
+                    if not chunks:  # a former reading came further
+                        continue
                     self._buffered += len(chunks)
                     job.usage_bytes += sum(len(chunk.text.encode()) for chunk in chunks)
                     texts = [Text(chunk.text) for chunk in chunks] if self._embedder else ()

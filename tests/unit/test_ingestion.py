@@ -17,7 +17,9 @@ import pytest_asyncio
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
 from deployments.metrics import METRICS, NoMetrics
 from deployments.retrieval import ingestion
+from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
+from deployments.retrieval.sandbox import Interrupted
 from deployments.retrieval.tables import FILES, MEMBERS, STORES
 from tests.unit.documents import docx, pdf, zip_bomb
 from tests.unit.house import DIMENSION, LIMIT_S, House, house, stub_embed
@@ -72,6 +74,62 @@ async def test_a_broken_file_fails_with_a_reason_and_its_batch_goes_on(words: Ho
     assert members[good].status == "completed"
     counts = (await words.catalog.batch(None, store.id, batch.id))[1]
     assert (counts.failed, counts.completed, counts.in_progress) == (4, 1, 0)
+
+
+async def test_a_passing_fault_while_a_file_is_read_delays_it_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
+    recorder = Recorder()
+    async with house(tmp_path, metrics=recorder, parse_workers=1) as made:
+        sandbox = made.ingestion._sandbox
+        start, chunks, faults = sandbox._start, sandbox.chunks, ["no process", "dead halfway"]
+
+        async def no_process() -> Any:
+            if faults and faults[0] == "no process":
+                faults.pop(0)
+                raise BlockingIOError("Resource temporarily unavailable")
+            return await start()
+
+        async def dead_halfway(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            async for some in chunks(*args, **kwargs):
+                yield some
+                if faults:
+                    faults.pop(0)
+                    raise Interrupted(Unreadable("invalid_file", "its reader is dead"))
+
+        monkeypatch.setattr(sandbox, "_start", no_process)
+        monkeypatch.setattr(sandbox, "chunks", dead_halfway)
+        text = "\n\n".join(f"zebra {i} " + "word " * 90 for i in range(300))
+        file = await made.upload(text)
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 0))])
+        (member,) = await made.indexed(store.id)
+        assert (member.status, member.usage_bytes) == ("completed", len(text) - 2 * 299 - 300)
+        assert "".join((await made.text(store.id, file)).split()) == "".join(text.split())
+        positions = Counter(row.position for row in await made.reader.by_words(store.id, "word", None, 1000))
+        assert positions == Counter(range(300))
+    assert recorder.counts["indexer_read_retries",] == 2
+
+
+async def test_a_file_whose_reader_always_dies_fails_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
+
+    async def dead(path: Any, filename: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        if filename == "deadly":
+            raise Interrupted(Unreadable("invalid_file", "its reader is dead"))
+        async for some in chunks(path, filename, *args, **kwargs):
+            yield some
+
+    async with house(tmp_path) as made:
+        chunks = made.ingestion._sandbox.chunks
+        monkeypatch.setattr(made.ingestion._sandbox, "chunks", dead)
+        files = [await made.upload("zebra", name) for name in ("deadly", "good")]
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file) for file in files])
+        members = {m.file_id: m for m in await made.indexed(store.id)}
+        assert members[files[0]].error_message == "its reader is dead"
+        assert members[files[1]].status == "completed"
 
 
 async def test_openais_static_strategy_is_honoured(words: House) -> None:
