@@ -43,7 +43,15 @@ from deployments.retrieval.records import (
     VectorStoreFile,
     new_id,
 )
-from deployments.retrieval.rules import check_dimension, check_usable, no_batch, no_file, no_member, no_store
+from deployments.retrieval.rules import (
+    check_dimension,
+    check_usable,
+    no_batch,
+    no_file,
+    no_member,
+    no_store,
+    use_is_news,
+)
 from deployments.retrieval.sandbox import Interrupted, Sandbox
 from deployments.retrieval.stages import staged
 from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows, chunks_table, is_missing
@@ -353,15 +361,22 @@ class Ingestion:
     async def _empty_store(self, store_id: str) -> None:
         for job in [job for job in self._jobs.values() if job.member.store_id == store_id]:
             self._cancel(job.member)
+        await self._writer.delete(MEMBERS, f"store_id = {quoted(store_id)}")
         await self._writer.drop_chunks(store_id)
         self._unclean = {key for key in self._unclean if key[0] != store_id}
-        await self._writer.delete(MEMBERS, f"store_id = {quoted(store_id)}")
 
     @_change
     async def touch(self, store_ids: Sequence[str]) -> None:
         """Note that stores were used, which is what their expiry counts from."""
-        where = f"id IN ({listed(store_ids)}) AND state = 'open'"
+        await self._touch(f"id IN ({listed(store_ids)}) AND state = 'open'")
+
+    async def _touch(self, where: str) -> None:
         await self._writer.update(STORES, where, {"last_active_at": int(self._clock())})
+
+    async def _used(self, store: VectorStore) -> None:
+        """Note that a store's files change, now and then."""
+        if store.state == "open" and use_is_news(store, self._clock()):
+            await self._touch(f"id = {quoted(store.id)}")
 
     # Files in vector stores
 
@@ -375,6 +390,7 @@ class Ingestion:
         """
         store = await self._store(owner, store_id)
         members, former = await self._members(store, [attachment], None)
+        await self._used(store)
         await self._put_members(members, former)
         return members[0]
 
@@ -394,6 +410,7 @@ class Ingestion:
         else:
             batch = await self._batch(store_id, batch_id)
         members, former = await self._members(store, attachments, batch.id)
+        await self._used(store)
         if batch_id is None:
             await self._writer.add(BATCHES, [batch])
         await self._put_members(members, former)
@@ -477,8 +494,9 @@ class Ingestion:
         self, owner: str | None, store_id: str, file_id: str, attributes: Attributes
     ) -> VectorStoreFile:
         """Give a file of a store new attributes."""
-        await self._store(owner, store_id)
+        store = await self._store(owner, store_id)
         member = await self._member(store_id, file_id)
+        await self._used(store)
         if member.status == "completed":
             await self._writer.set_attributes(store_id, file_id, attributes)
         elif (store_id, file_id) in self._jobs:
@@ -491,8 +509,9 @@ class Ingestion:
     @_change
     async def detach(self, owner: str | None, store_id: str, file_id: str) -> None:
         """Take a file out of a store."""
-        await self._store(owner, store_id, open_only=False)
+        store = await self._store(owner, store_id, open_only=False)
         member = await self._member(store_id, file_id)
+        await self._used(store)
         await self._writer.mark_deleting(MEMBERS, _row(member))
         await self._remove(member)
 
@@ -586,6 +605,9 @@ class Ingestion:
             await self._remove(member)
         for batch in await self._reader.select(BATCHES, "cancelled = true"):
             await self._finish_cancel(batch)
+        for store in await self._reader.select(STORES, "state = 'expired'"):
+            if await self._reader.has_chunks(store.id):
+                await self._empty_store(store.id)
         self._broken = False
 
     async def _forget_broken_uploads(self) -> None:
@@ -819,14 +841,22 @@ class Ingestion:
     async def _expire(self) -> None:
         now = int(self._clock())
         for file in await self._reader.select(FILES, f"expires_at <= {now}"):
-            logger.info("File %s has expired", file.id)
-            await self.delete_file(file.owner, file.id)
-        due = f"expires_after_days IS NOT NULL AND last_active_at + expires_after_days * 86400 <= {now}"
-        for store in await self._reader.select(STORES, f"state = 'open' AND {due}"):
-            async with self._changing:
-                logger.info("Vector store %s has expired", store.id)
-                await self._writer.update(STORES, f"id = {quoted(store.id)}", {"state": "expired"})
-                await self._empty_store(store.id)
+            await self._expire_file(file.id, now)
+        for store in await self._reader.select(STORES, _due(now)):
+            await self._expire_store(store.id, now)
+
+    @_change
+    async def _expire_file(self, file_id: str, now: int) -> None:
+        if await self._reader.select(FILES, f"id = {quoted(file_id)} AND expires_at <= {now}"):
+            logger.info("File %s has expired", file_id)
+            await self._delete_file(file_id)
+
+    @_change
+    async def _expire_store(self, store_id: str, now: int) -> None:
+        if await self._reader.select(STORES, f"id = {quoted(store_id)} AND {_due(now)}"):
+            logger.info("Vector store %s has expired", store_id)
+            await self._writer.update(STORES, f"id = {quoted(store_id)}", {"state": "expired"})
+            await self._empty_store(store_id)
 
     async def _keep_compact(self) -> None:
         for store in await self._reader.select(STORES, "state = 'open'"):  # what a former run has left to do
@@ -860,6 +890,11 @@ def _ours() -> Iterator[None]:
 
 def _failed(member: VectorStoreFile, code: ErrorCode, message: str) -> VectorStoreFile:
     return replace(member, status="failed", error_code=code, error_message=message)
+
+
+def _due(now: int) -> str:
+    """Return which vector stores are to expire."""
+    return f"state = 'open' AND expires_after_days IS NOT NULL AND last_active_at + expires_after_days * 86400 <= {now}"
 
 
 def _row(member: VectorStoreFile) -> str:

@@ -382,6 +382,62 @@ async def test_an_unused_store_expires_and_a_used_one_does_not(tmp_path: Path) -
             await found(made, unused, "zebra")
 
 
+@pytest.mark.parametrize("change", ["attach", "batch", "attributes", "detach"])
+async def test_a_store_whose_files_change_does_not_expire(words: House, change: str) -> None:
+    store, (file,) = await words.store_of("a zebra")
+    await words.ingestion.update_store(None, store, {"expires_after_days": 1})
+    other = await words.upload("another zebra")
+    words.clock.now += 86_000
+    if change == "attach":
+        await words.ingestion.attach(None, store, Attachment(other))
+    elif change == "batch":
+        await words.ingestion.attach_batch(None, store, [Attachment(other)])
+    elif change == "attributes":
+        await words.ingestion.set_attributes(None, store, file, {"k": "v"})
+    else:
+        await words.ingestion.detach(None, store, file)
+    words.clock.now += 500
+    await words.ingestion._expire()
+    assert (await words.catalog.store(None, store))[0].state == "open"
+
+
+async def test_a_store_that_is_used_at_the_last_moment_does_not_expire(
+    words: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = await words.store_of("a zebra")
+    await words.ingestion.update_store(None, store, {"expires_after_days": 1})
+    words.clock.now += 90_000
+    select, used = words.reader.select, []
+
+    async def select_and_use(table: Any, where: str, **options: Any) -> Any:
+        found = await select(table, where, **options)
+        if found and table is STORES and "expires_after_days" in where and not used:
+            used.append(1)
+            await words.ingestion.touch([store])
+        return found
+
+    monkeypatch.setattr(words.reader, "select", select_and_use)
+    await words.ingestion._expire()
+    assert used
+    assert (await words.catalog.store(None, store))[0].state == "open"
+    assert await found(words, store, "zebra")
+
+
+async def test_a_store_whose_expiry_breaks_off_is_emptied_later(
+    words: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = await words.store_of("a zebra")
+    await words.ingestion.update_store(None, store, {"expires_after_days": 1})
+    words.clock.now += 90_000
+    with monkeypatch.context() as patched:
+        patched.setattr(words.writer, "drop_chunks", full)
+        with pytest.raises(OSError, match="disk full"):
+            await words.ingestion._expire()
+    await words.ingestion._finish_broken()
+    assert (await words.catalog.store(None, store))[1].total == 0
+    assert not (tmp_path / "tables" / f"chunks_{store}.lance").exists()
+
+
 async def test_files_expire(words: House) -> None:
     file_id = await words.ingestion.begin_upload(None)
     await words.ingestion.finish_upload(file_id, "a.txt", "assistants", expires_after_s=3600)
