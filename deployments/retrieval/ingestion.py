@@ -54,7 +54,7 @@ from deployments.retrieval.rules import (
 )
 from deployments.retrieval.sandbox import Interrupted, Sandbox
 from deployments.retrieval.stages import staged
-from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows, chunks_table, is_missing
+from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, TABLES, chunk_rows, chunks_table, is_missing
 from deployments.retrieval.writer import Fenced, Writer
 
 logger = logging.getLogger("ray.serve.groundswell.indexer")
@@ -859,9 +859,14 @@ class Ingestion:
             await self._empty_store(store_id)
 
     async def _keep_compact(self) -> None:
+        for table in TABLES:
+            self._writer.clean_after(table.name, self._config.keep_versions_s)
         for store in await self._reader.select(STORES, "state = 'open'"):  # what a former run has left to do
+            name = chunks_table(store.id)
             if await self._writer.unindexed(store.id):
-                await self._compact(chunks_table(store.id))
+                await self._compact(name)
+            if await self._writer.has_old_versions(store.id):
+                self._writer.clean_after(name, self._config.keep_versions_s)
         while True:
             await asyncio.sleep(min(_COMPACTION_LOOK_S, self._config.compact_after_s))
             for name in self._writer.behind(idle_s=self._config.compact_after_s):

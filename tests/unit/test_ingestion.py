@@ -20,7 +20,7 @@ from deployments.retrieval import ingestion
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
 from deployments.retrieval.sandbox import Interrupted
-from deployments.retrieval.tables import FILES, MEMBERS, STORES
+from deployments.retrieval.tables import FILES, MEMBERS, STORES, chunks_table
 from tests.unit.documents import docx, pdf, zip_bomb
 from tests.unit.house import DIMENSION, LIMIT_S, House, house, stub_embed
 from tests.unit.recording import Recorder
@@ -733,6 +733,41 @@ async def test_an_upload_cut_off_while_it_finishes_leaves_neither_record_nor_byt
     await aborting
     assert await words.reader.select(FILES, "true") == []
     assert list((tmp_path / "files").iterdir()) == []
+
+
+def mentions(folder: Path, word: bytes) -> bool:
+    """Return whether a file of a table has a word; one that goes meanwhile has none."""
+
+    def has(path: Path) -> bool:
+        try:
+            return path.is_file() and word in path.read_bytes().lower()
+        except FileNotFoundError:
+            return False
+
+    return any(has(path) for path in folder.rglob("*"))
+
+
+async def test_deleted_text_leaves_the_disk_though_nothing_else_happens(tmp_path: Path) -> None:
+    async with house(tmp_path, compact_after_s=0.05, keep_versions_s=1) as made:
+        store, (one, _) = await made.store_of("confidential zebra", "another zebra")
+        table = tmp_path / "tables" / f"chunks_{store}.lance"
+        assert mentions(table, b"confidential")
+        await made.ingestion.delete_file(None, one)
+        async with asyncio.timeout(LIMIT_S):
+            while mentions(table, b"confidential"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
+async def test_deleted_text_leaves_the_disk_after_a_restart(tmp_path: Path) -> None:
+    async with house(tmp_path, compact_after_s=1000) as made:
+        store, (one, _) = await made.store_of("confidential zebra", "another zebra")
+        await made.ingestion.delete_file(None, one)
+        await made.writer.compact(chunks_table(store), keep_versions_s=1000)
+    table = tmp_path / "tables" / f"chunks_{store}.lance"
+    assert mentions(table, b"confidential")
+    async with house(tmp_path, compact_after_s=0.05, keep_versions_s=1), asyncio.timeout(LIMIT_S):
+        while mentions(table, b"confidential"):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 async def test_a_compaction_that_fails_is_counted_and_tried_again(
