@@ -196,11 +196,15 @@ class DocumentsConfig(_Frozen):
     chunk_overlap_tokens: int = Field(400, ge=0, description="Likewise. At most half of the size.")
     max_file_bytes: int = Field(512 * 2**20, ge=1)
     max_text_chars: int = Field(20_000_000, ge=1000, description="Of one file, as read from it.")
-    max_open_uploads: int = Field(16, ge=1, description="More at once get 429.")
+    max_open_uploads: int = Field(
+        16, ge=1, description="More at once get 429, and so does a key with more than half of them."
+    )
     parse_workers: int = Field(2, ge=1, description="Files parsed at once, each in a process of its own.")
     parse_timeout_s: float = Field(120.0, gt=0, description="For one file.")
     parse_memory_bytes: int = Field(2 * 2**30, ge=64 * 2**20, description="Address space of each parsing process.")
-    embed_batch_texts: int = Field(64, ge=1, description="Chunks in one call to the embedding model.")
+    embed_batch_texts: int = Field(
+        64, ge=1, description="Chunks in one call to the embedding model; fewer after one that failed."
+    )
     embed_timeout_s: float = Field(120.0, gt=0, description="Of such a call, before it is tried again.")
     search_timeout_s: float = Field(10.0, gt=0, description="After which a search is a 503.")
     write_timeout_s: float = Field(60.0, gt=0, description="After which a call to the Indexer is a 503.")

@@ -57,9 +57,14 @@ METRICS: Final[Mapping[str, Metric]] = {
     "indexer_stage_seconds": Metric("histogram", "Time of each stage, for a file or a batch of chunks.", ("stage",)),
     "indexer_file_seconds": Metric("histogram", "From taking a file up to its being indexed, or failed."),
     "indexer_retries": Metric("counter", "Writes of chunks that failed and were tried again."),
+    "indexer_broken_changes": Metric(
+        "counter", "Changes that failed, perhaps halfway; what they began is finished later."
+    ),
+    "indexer_loop_failures": Metric("counter", "Failures of the Indexer's own work, which goes on.", ("loop",)),
+    "indexer_read_retries": Metric("counter", "Readings of files that broke off and were tried again."),
     "indexer_waiting_files": Metric("gauge", "Files that wait to be indexed or are being indexed."),
     "indexer_buffered_chunks": Metric("gauge", "Chunks read and not yet written."),
-    "indexer_killed_parsers": Metric("counter", "Parsing children that passed a limit.", ("reason",)),
+    "indexer_killed_parsers": Metric("counter", "Parsing children that passed a limit, or died.", ("reason",)),
     "indexer_commit_seconds": Metric("histogram", "Time of one write to the document store.", ("table",)),
     "indexer_maintenance": Metric("counter", "Compactions of tables, by how they ended.", ("outcome",)),
     "indexer_maintenance_seconds": Metric("histogram", "Time of compacting one table."),

@@ -6,8 +6,10 @@ downloads come in pieces: no file is ever in memory as a whole.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar
@@ -24,7 +26,16 @@ from starlette.types import Message, Receive, Scope
 
 from deployments.config import DocumentsConfig
 from deployments.dispatch import ClientGone, while_connected
-from deployments.errors import OPAQUE, BadRequest, MethodNotAllowed, NotFound, Overloaded, PayloadTooLarge, PublicError
+from deployments.errors import (
+    OPAQUE,
+    BadRequest,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    PayloadTooLarge,
+    PublicError,
+    RequestTimeout,
+)
 from deployments.retrieval.batching import MESSAGE_BYTES, batches
 from deployments.retrieval.filters import checked_attributes
 from deployments.retrieval.records import (
@@ -55,6 +66,7 @@ _ALL_METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS
 _FILES_A_MESSAGE: Final = 1000
 _FORM_OVERHEAD_BYTES: Final = 2**20
 _MAX_NAME_CHARS: Final = 255
+_MAX_SILENCE_S: Final = 60.0
 _MAX_METADATA: Final = (16, 64, 512)
 
 
@@ -234,7 +246,7 @@ class _Api:
         self._config = config
         self._max_body_bytes = max_body_bytes
         self._owner_of = owner_of
-        self._uploads = 0
+        self._uploads: Counter[str | None] = Counter()  # by owner
 
     def app(self) -> Starlette:
         store, member = "/v1/vector_stores/{store_id}", "/v1/vector_stores/{store_id}/files/{file_id}"
@@ -274,18 +286,21 @@ class _Api:
     # Files
 
     async def _upload(self, request: Request) -> Response:
-        if self._uploads >= self._config.max_open_uploads:
+        owner, most = self._owner(request), self._config.max_open_uploads
+        share = most if owner is None else max(1, most // 2)  # so that one key's leave room for another's
+        if self._uploads.total() >= most or self._uploads[owner] >= share:
             raise Overloaded("Too many uploads at once.", retry_after_s=5)
-        self._uploads += 1
+        self._uploads[owner] += 1
         try:
             form = await self._form(request)
             try:
-                taking = self._take(self._owner(request), form)
+                taking = self._take(owner, form)
                 return JSONResponse(_file(await while_connected(taking, request.receive)))
             finally:
                 await form.close()
         finally:
-            self._uploads -= 1
+            self._uploads[owner] -= 1
+            self._uploads += Counter()  # forget who has none
 
     async def _form(self, request: Request) -> FormData:
         most = self._config.max_file_bytes
@@ -556,7 +571,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 def _bounded(request: Request, most: int, too_large: PublicError) -> Receive:
-    """Return a `receive` that gives up as soon as more than `most` bytes are announced, or have come."""
+    """Return a `receive` that gives up as soon as more than `most` bytes are announced, or have come, or none come."""
     size = 0
 
     async def receive() -> Message:
@@ -564,7 +579,11 @@ def _bounded(request: Request, most: int, too_large: PublicError) -> Receive:
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > most:
             raise too_large
-        message = await request.receive()
+        try:
+            async with asyncio.timeout(_MAX_SILENCE_S):
+                message = await request.receive()
+        except TimeoutError:
+            raise RequestTimeout(f"Nothing of the body came for {_MAX_SILENCE_S:g} s.") from None
         size += len(message.get("body", b""))
         if size > most:
             raise too_large

@@ -50,6 +50,12 @@ def main() -> None:
             what = "nested too deeply" if isinstance(error, RecursionError) else "too large when unpacked"
             _send(out, Failed("invalid_file", f"The file is {what} to be read.", last=True))
             return
+        except OSError as error:  # of this machine or its storage: parsers turn those of the file into Unreadable
+            _send(out, Failed("server_error", f"The file could not be read ({type(error).__name__}).", last=True))
+            return
+        except Exception as error:  # whatever a file makes of its parser
+            _send(out, Failed("invalid_file", f"The file cannot be read ({type(error).__name__}).", last=True))
+            return
 
 
 def _work(job: Job, settings: Settings, count: CountTokens, out: BinaryIO) -> None:

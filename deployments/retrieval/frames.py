@@ -39,6 +39,7 @@ class Failed(msgspec.Struct, tag="failed"):
     """The file cannot be read.
 
     Attributes:
+        code: `server_error` if it is not the file's fault.
         last: The child ends itself, because it can no longer be relied on.
     """
 

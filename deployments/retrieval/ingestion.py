@@ -3,7 +3,7 @@
 There is no queue beside the store: a file of a vector store whose status is `in_progress` *is* the work, so whatever
 happens to this process, the next one goes on. Chunks are committed before the status that says so; what a broken run
 has left of a file that is still in progress is deleted before that file is read again. Deletions mark first, so that
-nobody sees the thing any more, and are finished after a restart if need be.
+nobody sees the thing any more; one that breaks off is finished by the housekeeping, or after a restart.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Final
+from functools import partial, wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, DocumentsUnavailable, Overloaded
-from deployments.retrieval.batching import batches, text_bytes
 from deployments.retrieval.blobs import Blobs, BlobWriter
+from deployments.retrieval.changes import Changes
+from deployments.retrieval.embedding import Embedder, Text
 from deployments.retrieval.filters import quoted
 from deployments.retrieval.frames import Done
 from deployments.retrieval.parsing import Unreadable
@@ -42,13 +43,24 @@ from deployments.retrieval.records import (
     VectorStoreFile,
     new_id,
 )
-from deployments.retrieval.rules import check_dimension, check_usable, no_batch, no_file, no_member, no_store
-from deployments.retrieval.sandbox import Sandbox
+from deployments.retrieval.rules import (
+    check_dimension,
+    check_usable,
+    no_batch,
+    no_file,
+    no_member,
+    no_store,
+    use_is_news,
+)
+from deployments.retrieval.sandbox import Interrupted, Sandbox
 from deployments.retrieval.stages import staged
-from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows, chunks_table, is_missing
+from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, TABLES, chunk_rows, chunks_table, is_missing
 from deployments.retrieval.writer import Fenced, Writer
 
 logger = logging.getLogger("ray.serve.groundswell.indexer")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _LOOK_AHEAD_FILES: Final = 256
 _BUFFERED_PIECES: Final = 64
@@ -58,7 +70,7 @@ _HOUSE_KEEPING_S: Final = 10.0
 _COMPACTION_LOOK_S: Final = 1.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
-_EMBED_CALLS_AT_ONCE: Final = 4
+_READ_AGAIN_AFTER_S: Final = (1.0, 5.0, 20.0)
 
 
 @dataclass(eq=False)
@@ -85,21 +97,57 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Something of a job on its way into the store: chunks, or its end."""
+    """Something of a job on its way into the store: chunks, or its end.
+
+    Attributes:
+        texts: Those of the chunks, if they are to have vectors.
+    """
 
     job: _Job
     first: int = 0
     chunks: Sequence[Chunk] = ()
+    texts: Sequence[Text] = ()
     end: bool = False
     error: Unreadable | None = None
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """One a row, or None before they are made, or without."""
+        made = [text.vector for text in self.texts if text.vector is not None]
+        return np.stack(made) if made else None
+
+    @property
+    def dimension(self) -> int:
+        """Of its vectors, 0 without any."""
+        vector = self.texts[0].vector if self.texts else None
+        return 0 if vector is None else len(vector)
 
 
 @dataclass
 class _Upload:
+    """A file on its way here.
+
+    Attributes:
+        recorded: Its record has been written, or may have been.
+    """
+
     owner: str | None
     out: BlobWriter
     touched: float
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    recorded: bool = False
+    changing: Changes = field(default_factory=Changes)
+
+
+def _change(
+    method: Callable[Concatenate[Ingestion, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Ingestion, P], Coroutine[Any, Any, T]]:
+    """Have a method make a change to the store: alone, and to its end."""
+
+    @wraps(method)
+    async def change(self: Ingestion, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._changing.make(lambda: method(self, *args, **kwargs))
+
+    return change
 
 
 class Ingestion:
@@ -133,14 +181,18 @@ class Ingestion:
         self._writer, self._reader, self._blobs, self._sandbox = writer, reader, blobs, sandbox
         self._metrics = metrics
         self._staged = partial(staged, metrics, "indexer_stage_seconds")
-        self._embed = embed
+        self._embedder = (
+            Embedder(embed, batch_texts=config.embed_batch_texts, timeout_s=config.embed_timeout_s) if embed else None
+        )
         self._max_chunk_tokens = max_chunk_tokens
         self._clock = clock
         self._uploads: dict[str, _Upload] = {}
-        self._changing = asyncio.Lock()  # what is checked under it still holds when it is written
+        self._changing = Changes(self._note_broken)  # what is checked under it still holds when it is written
+        self._broken = False  # some change has failed, perhaps halfway
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[tuple[str, str], _Job] = {}
         self._unclean: set[tuple[str, str]] = set()  # may have chunks of a former reading
+        self._cancelling: set[str] = set()  # batches that may have files in progress no longer
         self._wake = asyncio.Event()
         self._refilling = asyncio.Lock()
         self._pieces: asyncio.Queue[_Piece] = asyncio.Queue(_BUFFERED_PIECES)
@@ -161,6 +213,8 @@ class Ingestion:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._sandbox.close()
+        async with self._changing:
+            pass  # what has begun has been made to its end
 
     # Files
 
@@ -184,33 +238,45 @@ class Ingestion:
             DocumentsUnavailable: The upload broke off; begin again.
         """
         upload = self._upload(file_id)
-        async with upload.lock:
-            upload.touched = time.monotonic()
-            if offset != upload.out.size:
-                raise DocumentsUnavailable("The upload broke off: try again.", retry_after_s=1)
-            await upload.out.write(data)
+        await upload.changing.make(partial(self._add, upload, offset, data))
+
+    async def _add(self, upload: _Upload, offset: int, data: bytes) -> None:
+        upload.touched = time.monotonic()
+        if offset != upload.out.size:
+            raise DocumentsUnavailable("The upload broke off: try again.", retry_after_s=1)
+        await upload.out.write(data)
 
     async def finish_upload(
         self, file_id: str, filename: str, purpose: str, expires_after_s: int | None = None
     ) -> File:
         """Make a file of what was uploaded."""
         upload = self._upload(file_id)
-        async with upload.lock:
-            await upload.out.close()
-            expires_at = None if expires_after_s is None else int(self._clock()) + expires_after_s
-            created = self._writer.now_us()
-            file = File(file_id, upload.owner, filename, upload.out.size, created, purpose, expires_at)
-            await self._writer.add(FILES, [file])
-            self._forget_upload(file_id)
-            return file
+        return await upload.changing.make(partial(self._record, file_id, upload, filename, purpose, expires_after_s))
+
+    async def _record(
+        self, file_id: str, upload: _Upload, filename: str, purpose: str, expires_after_s: int | None
+    ) -> File:
+        await upload.out.close()
+        expires_at = None if expires_after_s is None else int(self._clock()) + expires_after_s
+        created = self._writer.now_us()
+        file = File(file_id, upload.owner, filename, upload.out.size, created, purpose, expires_at)
+        upload.recorded = True
+        await self._writer.add(FILES, [file])
+        self._forget_upload(file_id)
+        return file
 
     async def abort_upload(self, file_id: str) -> None:
-        """Forget an upload that will not be finished."""
+        """Leave nothing of an upload that will not be finished, or of which nobody hears that it was just now."""
         if (upload := self._uploads.get(file_id)) is not None:
-            async with upload.lock:
-                self._forget_upload(file_id)
-                await upload.out.close()
-                await self._blobs.delete(file_id)
+            await upload.changing.make(partial(self._abort, file_id, upload))
+
+    async def _abort(self, file_id: str, upload: _Upload) -> None:
+        self._forget_upload(file_id)
+        await upload.out.close()
+        if upload.recorded:
+            await self._changing.make(partial(self._delete_file, file_id))
+        else:
+            await self._blobs.delete(file_id)
 
     def _upload(self, file_id: str) -> _Upload:
         if (upload := self._uploads.get(file_id)) is None:
@@ -221,17 +287,20 @@ class Ingestion:
         self._uploads.pop(file_id, None)
         self._metrics.set("indexer_open_uploads", len(self._uploads))
 
+    @_change
     async def delete_file(self, owner: str | None, file_id: str) -> None:
         """Delete a file, and what vector stores have of it.
 
         Raises:
             NotFound: There is none, or it is another's.
         """
-        async with self._changing:
-            if await self._reader.file(owner, file_id) is None:
-                raise no_file(file_id)
-            await self._writer.mark_deleting(FILES, f"id = {quoted(file_id)}")
-            await self._finish_file(file_id)
+        if await self._reader.file(owner, file_id) is None:
+            raise no_file(file_id)
+        await self._delete_file(file_id)
+
+    async def _delete_file(self, file_id: str) -> None:
+        await self._writer.mark_deleting(FILES, f"id = {quoted(file_id)}")
+        await self._finish_file(file_id)
 
     async def _finish_file(self, file_id: str) -> None:
         for member in await self._reader.select(MEMBERS, f"file_id = {quoted(file_id)}"):
@@ -241,6 +310,7 @@ class Ingestion:
 
     # Vector stores
 
+    @_change
     async def create_store(
         self,
         owner: str | None,
@@ -262,27 +332,26 @@ class Ingestion:
             metadata=metadata or {},
             embedding_model=self._config.embedding_model,
         )
-        async with self._changing:
-            members, _ = await self._members(store, attachments, None)
-            await self._writer.add(STORES, [store])
-            await self._writer.add(MEMBERS, members)
+        members, _ = await self._members(store, attachments, None)
+        await self._writer.add(STORES, [store])
+        await self._writer.add(MEMBERS, members)
         self._wake.set()
         return store
 
+    @_change
     async def update_store(self, owner: str | None, store_id: str, changes: Mapping[str, Any]) -> VectorStore:
         """Change a store's `name`, `description`, `metadata` or `expires_after_days`; what is not there stays."""
-        async with self._changing:
-            store = await self._store(owner, store_id, open_only=False)
-            changed = replace(store, **changes, last_active_at=int(self._clock()))
-            await self._writer.put(STORES, [changed])
-            return changed
+        store = await self._store(owner, store_id, open_only=False)
+        changed = replace(store, **changes, last_active_at=int(self._clock()))
+        await self._writer.put(STORES, [changed])
+        return changed
 
+    @_change
     async def delete_store(self, owner: str | None, store_id: str) -> None:
         """Delete a store; its files stay."""
-        async with self._changing:
-            await self._store(owner, store_id, open_only=False)
-            await self._writer.mark_deleting(STORES, f"id = {quoted(store_id)}")
-            await self._finish_store(store_id)
+        await self._store(owner, store_id, open_only=False)
+        await self._writer.mark_deleting(STORES, f"id = {quoted(store_id)}")
+        await self._finish_store(store_id)
 
     async def _finish_store(self, store_id: str) -> None:
         await self._empty_store(store_id)
@@ -292,17 +361,26 @@ class Ingestion:
     async def _empty_store(self, store_id: str) -> None:
         for job in [job for job in self._jobs.values() if job.member.store_id == store_id]:
             self._cancel(job.member)
-        await self._writer.drop_chunks(store_id)
         await self._writer.delete(MEMBERS, f"store_id = {quoted(store_id)}")
+        await self._writer.drop_chunks(store_id)
+        self._unclean = {key for key in self._unclean if key[0] != store_id}
 
+    @_change
     async def touch(self, store_ids: Sequence[str]) -> None:
         """Note that stores were used, which is what their expiry counts from."""
-        async with self._changing:
-            where = f"id IN ({listed(store_ids)}) AND state = 'open'"
-            await self._writer.update(STORES, where, {"last_active_at": int(self._clock())})
+        await self._touch(f"id IN ({listed(store_ids)}) AND state = 'open'")
+
+    async def _touch(self, where: str) -> None:
+        await self._writer.update(STORES, where, {"last_active_at": int(self._clock())})
+
+    async def _used(self, store: VectorStore) -> None:
+        """Note that a store's files change, now and then."""
+        if store.state == "open" and use_is_news(store, self._clock()):
+            await self._touch(f"id = {quoted(store.id)}")
 
     # Files in vector stores
 
+    @_change
     async def attach(self, owner: str | None, store_id: str, attachment: Attachment) -> VectorStoreFile:
         """Put a file into a store; it is indexed soon.
 
@@ -310,10 +388,10 @@ class Ingestion:
             NotFound: There is no such store or file.
             BadRequest: The store has expired, or was made for another embedding model.
         """
-        async with self._changing:
-            store = await self._store(owner, store_id)
-            members, former = await self._members(store, [attachment], None)
-            await self._put_members(members, former)
+        store = await self._store(owner, store_id)
+        members, former = await self._members(store, [attachment], None)
+        await self._used(store)
+        await self._put_members(members, former)
         return members[0]
 
     async def check_attachable(self, owner: str | None, store_id: str, attachments: Sequence[Attachment]) -> None:
@@ -321,20 +399,21 @@ class Ingestion:
         store = await self._store(owner, store_id)
         await self._attachable(store, attachments)
 
+    @_change
     async def attach_batch(
         self, owner: str | None, store_id: str, attachments: Sequence[Attachment], batch_id: str | None = None
     ) -> Batch:
         """Put files into a store, as one batch; `batch_id` adds them to one that is there."""
-        async with self._changing:
-            store = await self._store(owner, store_id)
-            if batch_id is None:
-                batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
-            else:
-                batch = await self._batch(store_id, batch_id)
-            members, former = await self._members(store, attachments, batch.id)
-            if batch_id is None:
-                await self._writer.add(BATCHES, [batch])
-            await self._put_members(members, former)
+        store = await self._store(owner, store_id)
+        if batch_id is None:
+            batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
+        else:
+            batch = await self._batch(store_id, batch_id)
+        members, former = await self._members(store, attachments, batch.id)
+        await self._used(store)
+        if batch_id is None:
+            await self._writer.add(BATCHES, [batch])
+        await self._put_members(members, former)
         return batch
 
     async def _attachable(self, store: VectorStore, attachments: Sequence[Attachment]) -> dict[str, File]:
@@ -357,6 +436,8 @@ class Ingestion:
         by_id = {attachment.file_id: attachment for attachment in attachments}
         where = f"store_id = {quoted(store.id)} AND file_id IN ({listed(list(by_id))})"
         present = {m.file_id: m for m in await self._reader.select(MEMBERS, where)} if by_id else {}
+        for going in await self._reader.select(MEMBERS, where, deleting=True) if by_id else ():
+            await self._remove(going)  # or its row would come back, beside chunks of before
         members, former = [], []
         for file_id, attachment in by_id.items():
             member = VectorStoreFile(
@@ -386,13 +467,10 @@ class Ingestion:
         """Write rows of files, then delete the chunks of those they replace: a crash between leaves work, not a gap."""
         for member in former:
             self._cancel(member)
-        replaced = {(member.store_id, member.file_id) for member in former}
-        self._unclean |= replaced
         await self._writer.put(MEMBERS, members)
         self._wake.set()
-        for store_id in {store_id for store_id, _ in replaced}:
-            await self._purge(store_id, [file_id for _, file_id in replaced])
-        self._unclean -= replaced
+        for store_id in {member.store_id for member in former}:
+            await self._purge(store_id, [member.file_id for member in former])
 
     @property
     def default_chunking(self) -> Chunking:
@@ -411,46 +489,50 @@ class Ingestion:
                 param="chunking_strategy",
             )
 
+    @_change
     async def set_attributes(
         self, owner: str | None, store_id: str, file_id: str, attributes: Attributes
     ) -> VectorStoreFile:
         """Give a file of a store new attributes."""
-        async with self._changing:
-            await self._store(owner, store_id)
-            member = await self._member(store_id, file_id)
-            if member.status == "completed":
-                await self._writer.set_attributes(store_id, file_id, attributes)
-            elif (store_id, file_id) in self._jobs:
-                await self._stop(member)  # it is read again, with the new ones
-            changed = replace(member, attributes=attributes)
-            await self._writer.put(MEMBERS, [changed])
+        store = await self._store(owner, store_id)
+        member = await self._member(store_id, file_id)
+        await self._used(store)
+        if member.status == "completed":
+            await self._writer.set_attributes(store_id, file_id, attributes)
+        elif (store_id, file_id) in self._jobs:
+            await self._stop(member)  # it is read again, with the new ones
+        changed = replace(member, attributes=attributes)
+        await self._writer.put(MEMBERS, [changed])
         self._wake.set()
         return changed
 
+    @_change
     async def detach(self, owner: str | None, store_id: str, file_id: str) -> None:
         """Take a file out of a store."""
-        async with self._changing:
-            await self._store(owner, store_id, open_only=False)
-            member = await self._member(store_id, file_id)
-            await self._writer.mark_deleting(MEMBERS, _row(member))
-            await self._remove(member)
+        store = await self._store(owner, store_id, open_only=False)
+        member = await self._member(store_id, file_id)
+        await self._used(store)
+        await self._writer.mark_deleting(MEMBERS, _row(member))
+        await self._remove(member)
 
+    @_change
     async def cancel_batch(self, owner: str | None, store_id: str, batch_id: str) -> Batch:
         """Stop indexing the files of a batch that are not done."""
-        async with self._changing:
-            await self._store(owner, store_id, open_only=False)
-            batch = await self._batch(store_id, batch_id)
-            await self._writer.update(BATCHES, f"id = {quoted(batch_id)}", {"cancelled": True})
-            await self._finish_cancel(batch)
-            return replace(batch, cancelled=True)
+        await self._store(owner, store_id, open_only=False)
+        batch = await self._batch(store_id, batch_id)
+        await self._writer.update(BATCHES, f"id = {quoted(batch_id)}", {"cancelled": True})
+        await self._finish_cancel(batch)
+        return replace(batch, cancelled=True)
 
     async def _finish_cancel(self, batch: Batch) -> None:
+        self._cancelling.add(batch.id)
         where = f"batch_id = {quoted(batch.id)} AND status = 'in_progress'"
         if members := await self._reader.select(MEMBERS, where):
             for member in members:
                 self._cancel(member)
             await self._purge(batch.store_id, [member.file_id for member in members])
             await self._writer.update(MEMBERS, where, {"status": "cancelled"})
+        self._cancelling.discard(batch.id)
 
     async def _remove(self, member: VectorStoreFile) -> None:
         await self._stop(member)
@@ -462,13 +544,19 @@ class Ingestion:
         await self._purge(member.store_id, [member.file_id])
 
     def _cancel(self, member: VectorStoreFile) -> None:
-        if (job := self._jobs.pop((member.store_id, member.file_id), None)) is not None:
+        """Stop indexing a file; what is there of it is purged before it is indexed again, if not sooner."""
+        key = (member.store_id, member.file_id)
+        self._unclean.add(key)
+        if (job := self._jobs.pop(key, None)) is not None:
             job.cancelled = True
+            self._wake.set()  # should what is to follow fail, the file is still in progress
 
     async def _purge(self, store_id: str, file_ids: Sequence[str]) -> None:
         for first in range(0, len(file_ids), _DELETED_TOGETHER):
+            some = file_ids[first : first + _DELETED_TOGETHER]
             if await self._reader.has_chunks(store_id):
-                await self._writer.delete_chunks(store_id, file_ids[first : first + _DELETED_TOGETHER])
+                await self._writer.delete_chunks(store_id, some)
+            self._unclean -= {(store_id, file_id) for file_id in some}
 
     async def _store(self, owner: str | None, store_id: str, *, open_only: bool = True) -> VectorStore:
         store = await self._reader.store(owner, store_id)
@@ -494,6 +582,21 @@ class Ingestion:
 
     async def _recover(self) -> None:
         await self._forget_broken_uploads()
+        await self._finish_broken()
+        begun: dict[str, list[str]] = {}
+        for member in await self._reader.select(MEMBERS, "status = 'in_progress'"):
+            begun.setdefault(member.store_id, []).append(member.file_id)
+        for store_id, file_ids in begun.items():
+            logger.info("Going on with %d files of vector store %s", len(file_ids), store_id)
+            await self._purge(store_id, file_ids)
+
+    def _note_broken(self) -> None:
+        self._broken = True
+        self._metrics.inc("indexer_broken_changes")
+
+    @_change
+    async def _finish_broken(self) -> None:
+        """Finish deletions and cancellations that broke off."""
         for file in await self._reader.select(FILES, "true", deleting=True):
             await self._finish_file(file.id)
         for store in await self._reader.select(STORES, "true", deleting=True):
@@ -502,12 +605,10 @@ class Ingestion:
             await self._remove(member)
         for batch in await self._reader.select(BATCHES, "cancelled = true"):
             await self._finish_cancel(batch)
-        begun: dict[str, list[str]] = {}
-        for member in await self._reader.select(MEMBERS, "status = 'in_progress'"):
-            begun.setdefault(member.store_id, []).append(member.file_id)
-        for store_id, file_ids in begun.items():
-            logger.info("Going on with %d files of vector store %s", len(file_ids), store_id)
-            await self._purge(store_id, file_ids)
+        for store in await self._reader.select(STORES, "state = 'expired'"):
+            if await self._reader.has_chunks(store.id):
+                await self._empty_store(store.id)
+        self._broken = False
 
     async def _forget_broken_uploads(self) -> None:
         known = {file.id for file in await self._reader.select(FILES, "true")}
@@ -526,14 +627,16 @@ class Ingestion:
                 logger.error("This Indexer must stop writing: %s", error)
                 self.fenced = True
             except Exception:
-                logger.exception("The Indexer's %s failed; it goes on", loop.__name__.strip("_"))
+                name = loop.__name__.strip("_")
+                self._metrics.inc("indexer_loop_failures", loop=name)
+                logger.exception("The Indexer's %s failed; it goes on", name)
                 await asyncio.sleep(1)
 
     async def _read_files(self) -> None:
         while True:
             job = await self._next_job()
             try:
-                await self._read(job)
+                await self._read_again(job)
             except Unreadable as error:
                 await self._pieces.put(_Piece(job, end=True, error=error))
             except Exception:
@@ -552,9 +655,10 @@ class Ingestion:
                 self._wake.clear()
                 async with self._changing:  # nobody detaches a file between this look and its job
                     limit = _LOOK_AHEAD_FILES + len(self._jobs)
-                    for member in await self._reader.select(
-                        MEMBERS, "status = 'in_progress'", order="asc", limit=limit
-                    ):
+                    where = "status = 'in_progress'"
+                    if self._cancelling:
+                        where += f" AND (batch_id IS NULL OR batch_id NOT IN ({listed(list(self._cancelling))}))"
+                    for member in await self._reader.select(MEMBERS, where, order="asc", limit=limit):
                         if (job := _Job(member)).key not in self._jobs:
                             self._jobs[job.key] = job
                             self._waiting.append(job)
@@ -562,17 +666,38 @@ class Ingestion:
                 if not self._waiting:
                     await self._wake.wait()
 
+    async def _read_again(self, job: _Job) -> None:
+        """Read a file, a few times if need be: what breaks off may not be its fault."""
+        for wait_s in _READ_AGAIN_AFTER_S:
+            try:
+                return await self._read(job)
+            except (OSError, Interrupted) as error:
+                if job.cancelled:
+                    return
+                self._metrics.inc("indexer_read_retries")
+                kind = type(error).__name__
+                logger.warning("File %s is read again in %.1f s: %s: %s", job.member.file_id, wait_s, kind, error)
+                await asyncio.sleep(wait_s)
+        try:
+            await self._read(job)
+        except Interrupted as error:
+            raise error.refusal from None
+
     async def _read(self, job: _Job) -> None:
-        member = job.member
+        member, seen = job.member, 0
         async with self._blobs.local(member.file_id) as path:
             stream = self._sandbox.chunks(path, member.filename, member.chunking, done=partial(setattr, job, "read"))
             try:
                 async for chunks in stream:
                     if job.cancelled:
                         return
+                    chunks, seen = chunks[max(0, job.position - seen) :], seen + len(chunks)
+                    if not chunks:  # a former reading came further
+                        continue
                     self._buffered += len(chunks)
                     job.usage_bytes += sum(len(chunk.text.encode()) for chunk in chunks)
-                    await self._pieces.put(_Piece(job, job.position, chunks))
+                    texts = [Text(chunk.text) for chunk in chunks] if self._embedder else ()
+                    await self._pieces.put(_Piece(job, job.position, chunks, texts))
                     job.position += len(chunks)
             finally:
                 await stream.aclose()
@@ -593,15 +718,19 @@ class Ingestion:
         But for what would fail for ever: a text that the embedding model refuses, a store made for another model.
         """
         wait_s = _RETRY_S[0]
+        refused: Unreadable | None = None
         while True:
             try:
+                if refused is not None:
+                    return await self._give_up(pieces[0].job, refused)
                 return await self._write(pieces, again=again)
             except Fenced:
                 raise
             except Unreadable as error:  # of some file among these: find out which
                 jobs = list(dict.fromkeys(piece.job for piece in pieces))
                 if len(jobs) == 1:
-                    return await self._give_up(jobs[0], error)
+                    refused = error
+                    continue
                 for job in jobs:
                     await self._write_until_done([piece for piece in pieces if piece.job is job], again=again)
                 return
@@ -614,8 +743,8 @@ class Ingestion:
     async def _give_up(self, job: _Job, error: Unreadable) -> None:
         async with self._changing:
             if not job.cancelled:
-                job.cancelled = True
                 await self._finish([_Piece(job, end=True, error=error)])
+                job.cancelled = True  # what is still read of it is not written
 
     async def _write(self, pieces: list[_Piece], *, again: bool) -> None:
         """Embed and commit pieces, then the states of the files that end with them.
@@ -634,28 +763,25 @@ class Ingestion:
             for store_id in dict.fromkeys(p.job.member.store_id for p in wanted):
                 check_usable(stores[store_id], self._config.embedding_model)
         # A store made without an embedding model has no room for vectors, whatever the config says now.
-        vectors = await self._vectors(
-            [p for p in wanted if p.chunks and stores[p.job.member.store_id].embedding_model is not None], times
-        )
+        meant = [p for p in wanted if p.texts and stores[p.job.member.store_id].embedding_model is not None]
+        if self._embedder is not None and meant:
+            async with self._staged("embed", times):
+                await self._embedder.embed([text for piece in meant for text in piece.texts])
         with _ours():
-            for piece in wanted:
-                if (made := vectors.get(id(piece))) is not None:
-                    check_dimension(stores[piece.job.member.store_id], made.shape[1])
+            for piece in meant:
+                check_dimension(stores[piece.job.member.store_id], piece.dimension)
         async with self._changing, self._staged("index", times):
             live = [p for p in wanted if not p.job.cancelled]
             for store_id in dict.fromkeys(p.job.member.store_id for p in live if p.chunks):
                 of_store = [p for p in live if p.chunks and p.job.member.store_id == store_id]
-                await self._write_chunks(stores[store_id], of_store, vectors, again=again)
+                await self._write_chunks(stores[store_id], of_store, again=again)
             await self._finish([p for p in live if p.end])
         if n := sum(len(p.chunks) for p in live):
             spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in times.items())
             logger.info("%d chunks of %d files written: %s", n, len({p.job for p in live}), spent)
 
-    async def _write_chunks(
-        self, store: VectorStore, pieces: list[_Piece], vectors: Mapping[int, Vectors], *, again: bool
-    ) -> None:
-        first = vectors.get(id(pieces[0]))
-        dimension = first.shape[1] if first is not None else 0
+    async def _write_chunks(self, store: VectorStore, pieces: list[_Piece], *, again: bool) -> None:
+        dimension = pieces[0].dimension
         if store.dimension != dimension:
             await self._writer.update(STORES, f"id = {quoted(store.id)}", {"dimension": dimension})
         await self._writer.create_chunks(store.id, dimension)
@@ -664,31 +790,8 @@ class Ingestion:
                 begun = min(piece.first for piece in pieces if piece.job is job)
                 await self._writer.delete_chunks(store.id, [job.member.file_id], first=begun)
                 self._unclean.discard(job.key)
-        rows = [chunk_rows(p.job.member, p.chunks, p.first, vectors.get(id(p)), dimension) for p in pieces]
+        rows = [chunk_rows(p.job.member, p.chunks, p.first, p.vectors, dimension) for p in pieces]
         await self._writer.add_chunks(store.id, pa.concat_tables(rows))
-
-    async def _vectors(self, pieces: list[_Piece], times: dict[str, float]) -> dict[int, Vectors]:
-        if self._embed is None or not pieces:
-            return {}
-        texts = [chunk.text for piece in pieces for chunk in piece.chunks]
-        at_once = asyncio.Semaphore(_EMBED_CALLS_AT_ONCE)
-        embed = self._embed
-
-        async def call(batch: Sequence[str]) -> Vectors:
-            async with at_once, asyncio.timeout(self._config.embed_timeout_s):
-                try:
-                    return await embed(batch)
-                except BadRequest as error:
-                    raise Unreadable("invalid_file", error.message) from None
-
-        async with self._staged("embed", times):
-            together = batches(texts, text_bytes, most=self._config.embed_batch_texts)
-            made = np.concatenate(await asyncio.gather(*(call(batch) for batch in together)))
-        vectors, first = {}, 0
-        for piece in pieces:
-            vectors[id(piece)] = made[first : first + len(piece.chunks)]
-            first += len(piece.chunks)
-        return vectors
 
     async def _finish(self, ends: list[_Piece]) -> None:
         members = []
@@ -725,6 +828,8 @@ class Ingestion:
         while True:
             await self._end_stale_uploads()
             await self._expire()
+            if self._broken:
+                await self._finish_broken()
             await asyncio.sleep(_HOUSE_KEEPING_S)
 
     async def _end_stale_uploads(self) -> None:
@@ -736,19 +841,32 @@ class Ingestion:
     async def _expire(self) -> None:
         now = int(self._clock())
         for file in await self._reader.select(FILES, f"expires_at <= {now}"):
-            logger.info("File %s has expired", file.id)
-            await self.delete_file(file.owner, file.id)
-        due = f"expires_after_days IS NOT NULL AND last_active_at + expires_after_days * 86400 <= {now}"
-        for store in await self._reader.select(STORES, f"state = 'open' AND {due}"):
-            async with self._changing:
-                logger.info("Vector store %s has expired", store.id)
-                await self._writer.update(STORES, f"id = {quoted(store.id)}", {"state": "expired"})
-                await self._empty_store(store.id)
+            await self._expire_file(file.id, now)
+        for store in await self._reader.select(STORES, _due(now)):
+            await self._expire_store(store.id, now)
+
+    @_change
+    async def _expire_file(self, file_id: str, now: int) -> None:
+        if await self._reader.select(FILES, f"id = {quoted(file_id)} AND expires_at <= {now}"):
+            logger.info("File %s has expired", file_id)
+            await self._delete_file(file_id)
+
+    @_change
+    async def _expire_store(self, store_id: str, now: int) -> None:
+        if await self._reader.select(STORES, f"id = {quoted(store_id)} AND {_due(now)}"):
+            logger.info("Vector store %s has expired", store_id)
+            await self._writer.update(STORES, f"id = {quoted(store_id)}", {"state": "expired"})
+            await self._empty_store(store_id)
 
     async def _keep_compact(self) -> None:
+        for table in TABLES:
+            self._writer.clean_after(table.name, self._config.keep_versions_s)
         for store in await self._reader.select(STORES, "state = 'open'"):  # what a former run has left to do
+            name = chunks_table(store.id)
             if await self._writer.unindexed(store.id):
-                await self._compact(chunks_table(store.id))
+                await self._compact(name)
+            if await self._writer.has_old_versions(store.id):
+                self._writer.clean_after(name, self._config.keep_versions_s)
         while True:
             await asyncio.sleep(min(_COMPACTION_LOOK_S, self._config.compact_after_s))
             for name in self._writer.behind(idle_s=self._config.compact_after_s):
@@ -777,6 +895,11 @@ def _ours() -> Iterator[None]:
 
 def _failed(member: VectorStoreFile, code: ErrorCode, message: str) -> VectorStoreFile:
     return replace(member, status="failed", error_code=code, error_message=message)
+
+
+def _due(now: int) -> str:
+    """Return which vector stores are to expire."""
+    return f"state = 'open' AND expires_after_days IS NOT NULL AND last_active_at + expires_after_days * 86400 <= {now}"
 
 
 def _row(member: VectorStoreFile) -> str:

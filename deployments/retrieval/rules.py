@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from deployments.errors import BadRequest, NotFound
 from deployments.retrieval.records import VectorStore
+
+_USE_NOTED_AFTER_S: Final = 3600
+
+
+def use_is_news(store: VectorStore, now: float) -> bool:
+    """Whether a use of the store now is to be noted: it expires, and the last use that was noted is a while ago."""
+    return store.expires_after_days is not None and store.last_active_at < now - _USE_NOTED_AFTER_S
 
 
 def check_usable(store: VectorStore, embedding_model: str | None) -> None:

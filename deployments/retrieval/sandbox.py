@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -23,6 +24,18 @@ logger = logging.getLogger("ray.serve.groundswell.indexer")
 
 _JOBS_A_CHILD: Final = 200
 _KEPT_ENVIRONMENT: Final = ("PATH", "HOME", "LANG", "LC_", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "GROUNDSWELL_")
+
+
+class Interrupted(Exception):
+    """Reading broke off, perhaps by no fault of the file: another try may succeed.
+
+    Attributes:
+        refusal: What to say of the file if none does.
+    """
+
+    def __init__(self, refusal: Unreadable) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 class Sandbox:
@@ -66,6 +79,8 @@ class Sandbox:
 
         Raises:
             Unreadable: The file is at fault, or needs more memory or time than it may.
+            Interrupted: The child died, or could not get at the file.
+            OSError: There can be no child.
         """
         async with self._free:
             child = self._idle.pop() if self._idle else await self._start()
@@ -83,7 +98,8 @@ class Sandbox:
                     clean = True
                     if isinstance(answer, Failed):
                         clean = not answer.last
-                        raise Unreadable(answer.code, answer.message)
+                        refusal = Unreadable(answer.code, answer.message)
+                        raise Interrupted(refusal) if answer.code == "server_error" else refusal
                     self._metrics.observe("indexer_stage_seconds", answer.parse_s, stage="parse")
                     self._metrics.observe("indexer_stage_seconds", answer.chunk_s, stage="chunk")
                     done(answer)
@@ -104,10 +120,14 @@ class Sandbox:
             raise Unreadable("invalid_file", f"The file took longer than {self._timeout_s:.0f} s to read.") from None
         except asyncio.IncompleteReadError:
             code = await child.process.wait()
-            logger.warning("A parsing child ended with %s", code)
-            self._metrics.inc("indexer_killed_parsers", reason="memory")
-            megabytes = self._settings.memory_bytes // 2**20
-            raise Unreadable("invalid_file", f"The file needs more than {megabytes} MiB of memory to read.") from None
+            how = signal.Signals(-code).name if code < 0 else f"status {code}"
+            logger.warning("A parsing child ended with %s", how)
+            killed = code == -signal.SIGKILL
+            self._metrics.inc("indexer_killed_parsers", reason="memory" if killed else "died")
+            why = (
+                "needs more memory to read than there is" if killed else f"cannot be read: its reader ended with {how}"
+            )
+            raise Interrupted(Unreadable("invalid_file", f"The file {why}.")) from None
 
     async def _start(self) -> _Child:
         kept = {k: v for k, v in os.environ.items() if k.startswith(_KEPT_ENVIRONMENT)}

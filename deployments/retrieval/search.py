@@ -17,7 +17,7 @@ from deployments.retrieval.fusion import best, bm25_score, cosine_score, fuse
 from deployments.retrieval.ports import Embed, Metrics, Score
 from deployments.retrieval.reader import Found, Reader, StoreGone
 from deployments.retrieval.records import Hit, Ranking, VectorStore
-from deployments.retrieval.rules import check_dimension, check_usable, no_store
+from deployments.retrieval.rules import check_dimension, check_usable, no_store, use_is_news
 from deployments.retrieval.stages import staged
 
 logger = logging.getLogger("ray.serve.groundswell.retriever")
@@ -29,7 +29,6 @@ MAX_QUERY_CHARS: Final = 16_384
 RANKERS: Final = ("auto", "none", "default-2024-11-15")
 
 _LOOKUPS_AT_ONCE: Final = 8
-_TOUCH_AFTER_S: Final = 3600
 
 Key = tuple[str, str, int]
 Touch = Callable[[Sequence[str]], Awaitable[Any]]
@@ -246,8 +245,8 @@ class Searcher:
 
     def _note_use(self, stores: Sequence[VectorStore]) -> None:
         """Have the Indexer note, now and then and beside the search, that stores are in use."""
-        stale = self._clock() - _TOUCH_AFTER_S
-        used = [s.id for s in stores if s.expires_after_days is not None and s.last_active_at < stale]
+        now = self._clock()
+        used = [store.id for store in stores if use_is_news(store, now)]
         if used and self._touch is not None and not self._touching:
             task = asyncio.get_running_loop().create_task(self._told(self._touch, used))
             self._touching.add(task)

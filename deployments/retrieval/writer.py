@@ -109,6 +109,7 @@ class Writer:
         self._language = language
         self._metrics = metrics
         self._tables: dict[str, _Open] = {}
+        self._clean_at: dict[str, float] = {}  # when old versions of a table may go, be it open or not
         self._opening = asyncio.Lock()
         self._last_us = 0
 
@@ -212,6 +213,7 @@ class Writer:
             except Exception as error:
                 if not is_missing(error):
                     raise
+            self._clean_at.pop(name, None)
 
     async def _write(self, name: str, commit: Callable[[Any], Awaitable[T]], rows: int = 0) -> T:
         async with self._locked(name) as opened:
@@ -295,18 +297,36 @@ class Writer:
             raise
 
     def behind(self, *, idle_s: float) -> list[str]:
-        """Return the tables due for compaction: much was written, or something, and then nothing for a while."""
+        """Return the tables due for compaction: much was written, or something, and then nothing for a while.
+
+        And those due for it once more, because the versions that the last one has replaced may go by now.
+        """
         now = time.monotonic()
-        return [
+        due = [
             name
             for name, opened in self._tables.items()
             if opened.much or (opened.commits and now - opened.changed >= idle_s)
         ]
+        return due + [name for name, at in self._clean_at.items() if at <= now and name not in due]
+
+    def clean_after(self, name: str, seconds: float) -> None:
+        """Have `behind` name a table once, when its old versions may go."""
+        self._clean_at[name] = time.monotonic() + seconds
 
     @property
     def tables_behind(self) -> int:
         """How many tables have commits that no compaction has folded in."""
         return sum(1 for opened in self._tables.values() if opened.commits)
+
+    async def has_old_versions(self, store_id: str) -> bool:
+        """Return whether a store's chunks have other versions than the newest: what was deleted may be in them."""
+        try:
+            handle = await self._db.open_table(chunks_table(store_id))
+        except Exception as error:
+            if is_missing(error):
+                return False
+            raise
+        return len(await handle.list_versions()) > 1
 
     async def unindexed(self, store_id: str) -> int:
         """Return how many chunks of a store are in no index yet: they are found, but each search reads them all."""
@@ -325,8 +345,13 @@ class Writer:
         No reader's query may take as long. Chunks go on being added meanwhile; a deletion preempts the compaction,
         which is tried again, and the third time lets nothing come between.
         """
-        opened = await self._opened(name)
-        started = time.monotonic()
+        try:
+            opened = await self._opened(name)
+        except Exception as error:
+            if is_missing(error):
+                self._clean_at.pop(name, None)
+            raise
+        started, written = time.monotonic(), opened.commits
         try:
             if name.startswith("chunks_") and opened.preempted < 2:
                 await self._compact_beside(name, opened, keep_versions_s)
@@ -339,11 +364,16 @@ class Writer:
         except BaseException as error:
             opened.preempted += 1
             opened.changed = time.monotonic()
+            if name in self._clean_at:
+                self.clean_after(name, keep_versions_s)
             preempted = "preempted" in str(error).lower()
             self._metrics.inc("indexer_maintenance", outcome="preempted" if preempted else "failed")
             if preempted:
                 return
             raise
+        self._clean_at.pop(name, None)
+        if written:  # what it has replaced is too young to go yet
+            self.clean_after(name, keep_versions_s)
         self._metrics.inc("indexer_maintenance", outcome="done")
         self._metrics.observe("indexer_maintenance_seconds", time.monotonic() - started)
 

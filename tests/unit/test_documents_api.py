@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import tracemalloc
@@ -19,6 +20,7 @@ from deployments.retrieval import api
 from deployments.retrieval.api import documents_app
 from deployments.retrieval.tables import MEMBERS
 from tests.unit.house import House, house
+from tests.unit.recording import LIMIT_S, Leaps, Recorder
 
 pytestmark = pytest.mark.asyncio
 
@@ -353,6 +355,54 @@ async def test_a_batch_too_large_for_one_message_is_attached_whole_or_not_at_all
         assert (await made.catalog.store(None, store.id))[1].total == 0
         answer = await http.post(path, json={"files": files})
         assert answer.json()["file_counts"]["total"] == 150
+
+
+async def raw_upload(app: Any, owner: str, receive: Any) -> list[Any]:
+    """Ask for an upload; return what is sent back."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=x"), (b"x-owner", owner.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/files", "query_string": b"", "headers": headers}
+    await app(scope, receive, send)
+    return sent
+
+
+async def test_an_upload_that_stalls_is_given_up_and_one_owners_leave_room_for_anothers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def owner_of(scope: Any) -> str | None:
+        return dict(scope["headers"])[b"x-owner"].decode() or None
+
+    config = DocumentsConfig(uri="unused", max_open_uploads=4)
+    nobody: Any = None
+    app = documents_app(nobody, nobody, config, max_body_bytes=1000, owner_of=owner_of)
+    leaps, recorder = Leaps(monkeypatch), Recorder()
+
+    async def nothing() -> Any:
+        recorder.note("waits")
+        await asyncio.Event().wait()
+
+    async def stalled(owner: str) -> asyncio.Task[list[Any]]:
+        n = len(recorder.noted)
+        upload = asyncio.create_task(raw_upload(app, owner, nothing))
+        await recorder.until(lambda: len(recorder.noted) > n or upload.done())
+        return upload
+
+    async def status(upload: asyncio.Task[list[Any]]) -> int:
+        return int((await asyncio.wait_for(upload, LIMIT_S))[0]["status"])
+
+    mine = [await stalled("me") for _ in range(2)]
+    assert await status(asyncio.create_task(raw_upload(app, "me", nothing))) == 429
+    other = await stalled("you")
+    await leaps.over(61)
+    assert [await status(upload) for upload in (*mine, other)] == [408] * 3
+    unowned = [await stalled("") for _ in range(4)]
+    assert await status(asyncio.create_task(raw_upload(app, "you", nothing))) == 429
+    await leaps.over(61)
+    assert [await status(upload) for upload in unowned] == [408] * 4
 
 
 async def test_an_upload_takes_bounded_memory(made: House, tmp_path: Path, http: httpx.AsyncClient) -> None:

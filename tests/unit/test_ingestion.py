@@ -16,10 +16,14 @@ import pytest_asyncio
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
 from deployments.metrics import METRICS, NoMetrics
+from deployments.retrieval import ingestion
+from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
-from deployments.retrieval.tables import FILES, MEMBERS, STORES
+from deployments.retrieval.sandbox import Interrupted
+from deployments.retrieval.tables import FILES, MEMBERS, STORES, chunks_table
 from tests.unit.documents import docx, pdf, zip_bomb
 from tests.unit.house import DIMENSION, LIMIT_S, House, house, stub_embed
+from tests.unit.recording import Recorder
 
 pytestmark = pytest.mark.asyncio
 
@@ -72,6 +76,62 @@ async def test_a_broken_file_fails_with_a_reason_and_its_batch_goes_on(words: Ho
     assert (counts.failed, counts.completed, counts.in_progress) == (4, 1, 0)
 
 
+async def test_a_passing_fault_while_a_file_is_read_delays_it_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
+    recorder = Recorder()
+    async with house(tmp_path, metrics=recorder, parse_workers=1) as made:
+        sandbox = made.ingestion._sandbox
+        start, chunks, faults = sandbox._start, sandbox.chunks, ["no process", "dead halfway"]
+
+        async def no_process() -> Any:
+            if faults and faults[0] == "no process":
+                faults.pop(0)
+                raise BlockingIOError("Resource temporarily unavailable")
+            return await start()
+
+        async def dead_halfway(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            async for some in chunks(*args, **kwargs):
+                yield some
+                if faults:
+                    faults.pop(0)
+                    raise Interrupted(Unreadable("invalid_file", "its reader is dead"))
+
+        monkeypatch.setattr(sandbox, "_start", no_process)
+        monkeypatch.setattr(sandbox, "chunks", dead_halfway)
+        text = "\n\n".join(f"zebra {i} " + "word " * 90 for i in range(300))
+        file = await made.upload(text)
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 0))])
+        (member,) = await made.indexed(store.id)
+        assert (member.status, member.usage_bytes) == ("completed", len(text) - 2 * 299 - 300)
+        assert "".join((await made.text(store.id, file)).split()) == "".join(text.split())
+        positions = Counter(row.position for row in await made.reader.by_words(store.id, "word", None, 1000))
+        assert positions == Counter(range(300))
+    assert recorder.counts["indexer_read_retries",] == 2
+
+
+async def test_a_file_whose_reader_always_dies_fails_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
+
+    async def dead(path: Any, filename: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        if filename == "deadly":
+            raise Interrupted(Unreadable("invalid_file", "its reader is dead"))
+        async for some in chunks(path, filename, *args, **kwargs):
+            yield some
+
+    async with house(tmp_path) as made:
+        chunks = made.ingestion._sandbox.chunks
+        monkeypatch.setattr(made.ingestion._sandbox, "chunks", dead)
+        files = [await made.upload("zebra", name) for name in ("deadly", "good")]
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file) for file in files])
+        members = {m.file_id: m for m in await made.indexed(store.id)}
+        assert members[files[0]].error_message == "its reader is dead"
+        assert members[files[1]].status == "completed"
+
+
 async def test_openais_static_strategy_is_honoured(words: House) -> None:
     file = await words.upload("\n\n".join(f"Paragraph {i} with some words in it." for i in range(500)))
     store = await words.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 20))])
@@ -115,9 +175,6 @@ async def test_attaching_again_in_vain_loses_nothing(tmp_path: Path, monkeypatch
             await made.ingestion.attach_batch(None, store, [changed, Attachment(other, {}, Chunking(201, 0))])
         assert await found(made, store, "zebra") == {file}
 
-        async def full(table: Any, records: Any) -> None:
-            raise OSError("disk full")
-
         with monkeypatch.context() as patched:
             patched.setattr(made.writer, "put", full)
             with pytest.raises(OSError, match="disk full"):
@@ -125,11 +182,8 @@ async def test_attaching_again_in_vain_loses_nothing(tmp_path: Path, monkeypatch
         assert await found(made, store, "zebra") == {file}
         assert (await made.catalog.member(None, store, file)).status == "completed"
 
-        async def broken(*args: Any) -> None:
-            raise OSError("disk full")
-
         with monkeypatch.context() as patched:
-            patched.setattr(made.ingestion, "_purge", broken)
+            patched.setattr(made.ingestion, "_purge", full)
             with pytest.raises(OSError, match="disk full"):
                 await made.ingestion.attach(None, store, changed)
         await made.indexed(store)
@@ -240,6 +294,27 @@ async def test_a_text_the_embedding_model_refuses_fails_that_file_alone(tmp_path
         assert await found(made, store.id, "zebra") == {files[0], files[2]}
 
 
+async def test_a_text_at_which_the_embedding_model_hangs_fails_that_file_alone_and_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_RETRY_S", (0.001, 0.01))
+
+    async def hanging_stub_embed(texts: Any) -> Any:
+        if any("poison" in text for text in texts) or len(texts) > 40:
+            await asyncio.Event().wait()
+        return await stub_embed(texts)
+
+    async with house(tmp_path, embed=hanging_stub_embed, embed_timeout_s=0.01) as made:
+        long = "\n\n".join(f"zebra {i} " + "word " * 90 for i in range(200))
+        files = [await made.upload(text) for text in (long, "poison zebra", "two zebras")]
+        attachments = [Attachment(f, {}, Chunking(100, 0)) for f in files]
+        store = await made.ingestion.create_store(None, attachments=attachments)
+        members = {m.file_id: m for m in await made.indexed(store.id)}
+        assert (members[files[1]].status, members[files[1]].error_code) == ("failed", "server_error")
+        assert await found(made, store.id, "zebra") == {files[0], files[2]}
+        assert len(await made.reader.chunks(store.id, files[0])) == 200
+
+
 async def test_a_commit_that_fails_halfway_is_repeated_without_doubling(
     words: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +380,62 @@ async def test_an_unused_store_expires_and_a_used_one_does_not(tmp_path: Path) -
         assert (await made.catalog.store(None, unused))[0].state == "expired"
         with pytest.raises(BadRequest, match="expired"):
             await found(made, unused, "zebra")
+
+
+@pytest.mark.parametrize("change", ["attach", "batch", "attributes", "detach"])
+async def test_a_store_whose_files_change_does_not_expire(words: House, change: str) -> None:
+    store, (file,) = await words.store_of("a zebra")
+    await words.ingestion.update_store(None, store, {"expires_after_days": 1})
+    other = await words.upload("another zebra")
+    words.clock.now += 86_000
+    if change == "attach":
+        await words.ingestion.attach(None, store, Attachment(other))
+    elif change == "batch":
+        await words.ingestion.attach_batch(None, store, [Attachment(other)])
+    elif change == "attributes":
+        await words.ingestion.set_attributes(None, store, file, {"k": "v"})
+    else:
+        await words.ingestion.detach(None, store, file)
+    words.clock.now += 500
+    await words.ingestion._expire()
+    assert (await words.catalog.store(None, store))[0].state == "open"
+
+
+async def test_a_store_that_is_used_at_the_last_moment_does_not_expire(
+    words: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = await words.store_of("a zebra")
+    await words.ingestion.update_store(None, store, {"expires_after_days": 1})
+    words.clock.now += 90_000
+    select, used = words.reader.select, []
+
+    async def select_and_use(table: Any, where: str, **options: Any) -> Any:
+        found = await select(table, where, **options)
+        if found and table is STORES and "expires_after_days" in where and not used:
+            used.append(1)
+            await words.ingestion.touch([store])
+        return found
+
+    monkeypatch.setattr(words.reader, "select", select_and_use)
+    await words.ingestion._expire()
+    assert used
+    assert (await words.catalog.store(None, store))[0].state == "open"
+    assert await found(words, store, "zebra")
+
+
+async def test_a_store_whose_expiry_breaks_off_is_emptied_later(
+    words: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = await words.store_of("a zebra")
+    await words.ingestion.update_store(None, store, {"expires_after_days": 1})
+    words.clock.now += 90_000
+    with monkeypatch.context() as patched:
+        patched.setattr(words.writer, "drop_chunks", full)
+        with pytest.raises(OSError, match="disk full"):
+            await words.ingestion._expire()
+    await words.ingestion._finish_broken()
+    assert (await words.catalog.store(None, store))[1].total == 0
+    assert not (tmp_path / "tables" / f"chunks_{store}.lance").exists()
 
 
 async def test_files_expire(words: House) -> None:
@@ -402,6 +533,241 @@ async def test_unfinished_deletions_are_finished_at_the_next_start(tmp_path: Pat
         assert await found(made, store, "zebra") == {three}
         assert len(list((tmp_path / "files").iterdir())) == 3
         assert not (tmp_path / "tables" / f"chunks_{gone}.lance").exists()
+
+
+class Held:
+    """A call that stops before it begins, or once it is done, until a test lets it go on."""
+
+    def __init__(self, call: Any, *, done: bool = False) -> None:
+        self._call, self._done = call, done
+        self.reached, self.go = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._done:
+            result = await self._call(*args, **kwargs)
+        self.reached.set()
+        await self.go.wait()
+        return result if self._done else await self._call(*args, **kwargs)
+
+
+async def leave(call: Any, at: Held) -> None:
+    """Make a call, and cancel it where it is held."""
+    calling = asyncio.ensure_future(call)
+    await asyncio.wait_for(at.reached.wait(), LIMIT_S)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
+async def full(*args: Any, **kwargs: Any) -> None:
+    raise OSError("disk full")
+
+
+async def test_a_deletion_that_breaks_off_is_finished_by_the_housekeeping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_HOUSE_KEEPING_S", 0.01)
+    recorder = Recorder()
+    async with house(tmp_path, metrics=recorder) as made:
+        store, (one, two) = await made.store_of("first zebra", "second zebra")
+        with monkeypatch.context() as patched:
+            patched.setattr(made.writer, "delete_chunks", full)
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.delete_file(None, one)
+        async with asyncio.timeout(LIMIT_S):
+            while await found(made, store, "zebra") != {two} or (tmp_path / "files" / one).exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    assert recorder.counts["indexer_broken_changes",] >= 1
+
+
+async def test_a_caller_that_leaves_does_not_cut_a_deletion_in_half(
+    words: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (one, two) = await words.store_of("first zebra", "second zebra")
+    held = Held(words.writer.delete_chunks)
+    monkeypatch.setattr(words.writer, "delete_chunks", held)
+    await leave(words.ingestion.delete_file(None, one), held)
+    held.go.set()
+    await words.ingestion.close()  # which waits for it
+    assert await found(words, store, "zebra") == {two}
+    assert await words.reader.select(FILES, "true", deleting=True) == []
+
+
+async def test_a_failure_is_logged_if_its_caller_has_left(
+    words: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, (file,) = await words.store_of("one zebra")
+    held = Held(full)
+    monkeypatch.setattr(words.writer, "delete_chunks", held)
+    await leave(words.ingestion.detach(None, store, file), held)
+    held.go.set()
+    await words.ingestion.close()
+    assert "after its caller had left" in caplog.text
+
+
+async def test_a_file_whose_detachment_broke_off_is_not_there_twice_when_it_is_attached_again(
+    words: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (file,) = await words.store_of("one zebra")
+    with monkeypatch.context() as patched:
+        patched.setattr(words.writer, "delete_chunks", full)
+        with pytest.raises(OSError, match="disk full"):
+            await words.ingestion.detach(None, store, file)
+    await words.ingestion.attach(None, store, Attachment(file))
+    await words.indexed(store)
+    assert len(await words.reader.chunks(store, file)) == 1
+
+
+@pytest.mark.parametrize("at", ["delete_chunks", "update_members"])
+async def test_a_cancelled_batch_stays_so_when_that_fails_at_first_and_none_of_it_is_there_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    later = asyncio.Event()
+
+    async def holding_stub_embed(texts: Any) -> Any:
+        if any("zebra 2999" in text for text in texts):
+            await later.wait()
+        return await stub_embed(texts)
+
+    monkeypatch.setattr(ingestion, "_CHUNKS_A_COMMIT", 64)
+    async with house(tmp_path, embed=holding_stub_embed) as made:
+        written = Held(made.writer.add_chunks, done=True)
+        written.go.set()
+        monkeypatch.setattr(made.writer, "add_chunks", written)
+        file = await made.upload("\n\n".join(f"zebra {i} " + "word " * 90 for i in range(3000)))
+        store = await made.ingestion.create_store(None)
+        batch = await made.ingestion.attach_batch(None, store.id, [Attachment(file, {}, Chunking(100, 0))])
+        await asyncio.wait_for(written.reached.wait(), LIMIT_S)
+        update = made.writer.update
+
+        async def not_members(table: Any, *args: Any) -> None:
+            await (full() if table is MEMBERS else update(table, *args))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.writer, *(("update", not_members) if at == "update_members" else (at, full)))
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.cancel_batch(None, store.id, batch.id)
+        later.set()
+        other = await made.upload("another zebra")
+        await made.ingestion.attach(None, store.id, Attachment(other))
+        async with asyncio.timeout(LIMIT_S):
+            while (await made.catalog.member(None, store.id, other)).status == "in_progress":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await made.ingestion._finish_broken()
+        counts = (await made.catalog.batch(None, store.id, batch.id))[1]
+        assert (counts.cancelled, counts.total) == (1, 1)
+        assert await made.reader.chunks(store.id, file) == []
+        again = await made.ingestion.attach(None, store.id, Attachment(file, {}, Chunking(100, 0)))
+        assert again.status == "in_progress"
+        await made.indexed(store.id)
+        rows = await made.reader.by_words(store.id, "word", None, 100_000)
+        assert len(rows) > 2000
+        assert Counter(row.position for row in rows).most_common(1)[0][1] == 1
+
+
+async def test_new_attributes_that_fail_at_first_leave_the_file_to_be_indexed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = asyncio.Event()
+
+    async def holding_stub_embed(texts: Any) -> Any:
+        if any("zebra 999" in text for text in texts):
+            await later.wait()
+        return await stub_embed(texts)
+
+    monkeypatch.setattr(ingestion, "_CHUNKS_A_COMMIT", 64)
+    async with house(tmp_path, embed=holding_stub_embed) as made:
+        written = Held(made.writer.add_chunks, done=True)
+        written.go.set()
+        monkeypatch.setattr(made.writer, "add_chunks", written)
+        file = await made.upload("\n\n".join(f"zebra {i} " + "word " * 90 for i in range(1000)))
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 0))])
+        await asyncio.wait_for(written.reached.wait(), LIMIT_S)
+        with monkeypatch.context() as patched:
+            patched.setattr(made.writer, "delete_chunks", full)
+            with pytest.raises(OSError, match="disk full"):
+                await made.ingestion.set_attributes(None, store.id, file, {"k": "v"})
+        later.set()
+        assert [m.status for m in await made.indexed(store.id)] == ["completed"]
+        rows = await made.reader.by_words(store.id, "word", None, 100_000)
+        assert len(rows) > 500
+        assert Counter(row.position for row in rows).most_common(1)[0][1] == 1
+
+
+async def test_a_file_that_cannot_be_failed_at_first_fails_later_and_its_neighbours_are_indexed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def picky_stub_embed(texts: Any) -> Any:
+        if any("poison" in text for text in texts):
+            raise BadRequest("no poison, please")
+        return await stub_embed(texts)
+
+    async with house(tmp_path, embed=picky_stub_embed) as made:
+        put, failed = made.writer.put, []
+
+        async def put_at_the_second_time(table: Any, records: Any) -> None:
+            if table is MEMBERS and any(r.status == "failed" for r in records) and not failed:
+                failed.append(1)
+                await full()
+            await put(table, records)
+
+        monkeypatch.setattr(made.writer, "put", put_at_the_second_time)
+        files = [await made.upload(text) for text in ("poison zebra", "one zebra")]
+        store = await made.ingestion.create_store(None, attachments=[Attachment(f) for f in files])
+        members = {m.file_id: m.status for m in await made.indexed(store.id)}
+        assert members == {files[0]: "failed", files[1]: "completed"}
+        assert failed == [1]
+
+
+@pytest.mark.parametrize("done", [False, True])
+async def test_an_upload_cut_off_while_it_finishes_leaves_neither_record_nor_bytes(
+    words: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    file_id = await words.ingestion.begin_upload(None)
+    await words.ingestion.upload(file_id, 0, b"zebra")
+    held = Held(words.writer.add, done=done)
+    monkeypatch.setattr(words.writer, "add", held)
+    await leave(words.ingestion.finish_upload(file_id, "a.txt", "assistants"), held)
+    aborting = asyncio.create_task(words.ingestion.abort_upload(file_id))
+    held.go.set()
+    await aborting
+    assert await words.reader.select(FILES, "true") == []
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+def mentions(folder: Path, word: bytes) -> bool:
+    """Return whether a file of a table has a word; one that goes meanwhile has none."""
+
+    def has(path: Path) -> bool:
+        try:
+            return path.is_file() and word in path.read_bytes().lower()
+        except FileNotFoundError:
+            return False
+
+    return any(has(path) for path in folder.rglob("*"))
+
+
+async def test_deleted_text_leaves_the_disk_though_nothing_else_happens(tmp_path: Path) -> None:
+    async with house(tmp_path, compact_after_s=0.05, keep_versions_s=1) as made:
+        store, (one, _) = await made.store_of("confidential zebra", "another zebra")
+        table = tmp_path / "tables" / f"chunks_{store}.lance"
+        assert mentions(table, b"confidential")
+        await made.ingestion.delete_file(None, one)
+        async with asyncio.timeout(LIMIT_S):
+            while mentions(table, b"confidential"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
+async def test_deleted_text_leaves_the_disk_after_a_restart(tmp_path: Path) -> None:
+    async with house(tmp_path, compact_after_s=1000) as made:
+        store, (one, _) = await made.store_of("confidential zebra", "another zebra")
+        await made.ingestion.delete_file(None, one)
+        await made.writer.compact(chunks_table(store), keep_versions_s=1000)
+    table = tmp_path / "tables" / f"chunks_{store}.lance"
+    assert mentions(table, b"confidential")
+    async with house(tmp_path, compact_after_s=0.05, keep_versions_s=1), asyncio.timeout(LIMIT_S):
+        while mentions(table, b"confidential"):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 async def test_a_compaction_that_fails_is_counted_and_tried_again(

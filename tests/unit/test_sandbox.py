@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest_asyncio
 from deployments.metrics import NoMetrics
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.records import Chunk, Chunking
-from deployments.retrieval.sandbox import Sandbox
+from deployments.retrieval.sandbox import Interrupted, Sandbox
 from tests.unit.recording import Leaps
 
 pytestmark = pytest.mark.asyncio
@@ -70,6 +71,32 @@ async def test_too_much_memory_fails_the_file_alone(tmp_path: Path) -> None:
     assert refused.value.code == "invalid_file"
     assert [c.text for c in await collect(sandbox, tmp_path, "fine")] == ["fine"]
     await sandbox.close()
+
+
+async def test_what_breaks_a_parser_is_the_files_fault_and_said_by_its_kind(sandbox: Sandbox, tmp_path: Path) -> None:
+    with pytest.raises(Unreadable, match=r"cannot be read \(ValueError\)") as refused:
+        await collect(sandbox, tmp_path, '<table><tr><td colspan="²">x</td></tr></table>', "a.html")
+    assert refused.value.code == "invalid_file"
+    assert [c.text for c in await collect(sandbox, tmp_path, "fine")] == ["fine"]
+
+
+async def test_a_file_that_cannot_be_got_at_is_worth_another_try(sandbox: Sandbox, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as interrupted:
+        await anext(sandbox.chunks(tmp_path / "away", "a.txt", Chunking(100, 0)))
+    assert interrupted.value.refusal.code == "server_error"
+    assert [c.text for c in await collect(sandbox, tmp_path, "fine")] == ["fine"]
+
+
+@pytest.mark.parametrize(("sent", "said"), [(signal.SIGKILL, "memory"), (signal.SIGSEGV, "SIGSEGV")])
+async def test_a_child_that_dies_is_worth_another_try_and_only_a_kill_speaks_of_memory(
+    sandbox: Sandbox, tmp_path: Path, sent: signal.Signals, said: str
+) -> None:
+    await collect(sandbox, tmp_path, "fine")
+    (child,) = children()
+    child.send_signal(sent)
+    with pytest.raises(Interrupted, match=said) as interrupted:
+        await sandbox._answer(sandbox._idle[0], 30)
+    assert interrupted.value.refusal.code == "invalid_file"
 
 
 async def test_too_much_time_fails_the_file_alone(tmp_path: Path) -> None:

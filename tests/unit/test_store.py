@@ -31,6 +31,7 @@ from deployments.retrieval.records import (
 )
 from deployments.retrieval.tables import BATCHES, FILES, MEMBERS, STORES, chunk_rows
 from deployments.retrieval.writer import Fenced, Writer
+from tests.unit.recording import Leaps
 
 pytestmark = pytest.mark.asyncio
 CACHE = 2**24
@@ -327,6 +328,46 @@ async def test_compaction_is_due_after_much_or_after_a_rest(writer: Writer) -> N
     assert due(60) == ["files"]
     await writer.compact("files", keep_versions_s=600)
     assert (due(0), writer.tables_behind) == ([], 0)
+
+
+async def test_what_a_compaction_replaces_is_cleaned_away_once_it_may_go(
+    writer: Writer, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaps = Leaps(monkeypatch)
+    await fill(writer, {"a": "zebra", "b": "lion"})
+    await writer.delete_chunks("vs_1", ["a"])
+    await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert writer.behind(idle_s=0) == []
+    assert await writer.has_old_versions("vs_1")
+    await leaps.over(601)
+    assert writer.behind(idle_s=0) == ["chunks_vs_1"]
+    await writer.compact("chunks_vs_1", keep_versions_s=0.001)
+    assert not await writer.has_old_versions("vs_1")
+    await leaps.over(601)
+    assert writer.behind(idle_s=0) == [], "once is enough"
+    assert [row.file_id for row in await reader.by_words("vs_1", "zebra lion", None, 10)] == ["b"]
+
+
+async def test_cleaning_that_fails_is_tried_again_and_of_a_table_that_is_gone_forgotten(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaps = Leaps(monkeypatch)
+    await fill(writer, {"a": "zebra"})
+    await writer.compact("chunks_vs_1", keep_versions_s=600)
+    await leaps.over(601)
+
+    async def full(*args: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_compact_beside", full)
+        with pytest.raises(OSError, match="disk full"):
+            await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert writer.behind(idle_s=0) == []
+    await leaps.over(601)
+    assert writer.behind(idle_s=0) == ["chunks_vs_1"]
+    await writer.drop_chunks("vs_1")
+    assert writer.behind(idle_s=0) == []
 
 
 async def test_chunks_are_folded_into_the_index_while_others_are_added(writer: Writer, reader: Reader) -> None:
