@@ -303,11 +303,7 @@ class Engine:
     async def join(self, channel: m.ChannelAddress) -> m.EngineDescription:
         """Connect to a Router's channel ahead of its first request; return what only a running engine knows."""
         await self._channel.link(channel)
-        return m.EngineDescription(replica=self._replica, pid=os.getpid(), **await self._llm.describe())
-
-    async def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes. For `handle.broadcast`."""
-        return await self._llm.reset_prefix_cache()
+        return m.EngineDescription(replica=self._replica, **await self._llm.describe())
 
     async def check_health(self) -> None:
         """Called by Serve. A busy engine is healthy: only death, or work without a step for too long, is not.

@@ -142,6 +142,3 @@ class EngineDescription(msgspec.Struct, frozen=True):
     max_model_len: int
     max_num_seqs: int
     supported_tasks: tuple[str, ...]
-    num_gpu_blocks: int
-    pid: int
-    engine_pids: tuple[int, ...]

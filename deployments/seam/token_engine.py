@@ -18,7 +18,6 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import psutil
 from vllm import PoolingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
@@ -252,12 +251,7 @@ class TokenEngine:
             "max_model_len": config.model_config.max_model_len,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "supported_tasks": await self.supported_tasks(),
-            "num_gpu_blocks": config.cache_config.num_gpu_blocks or 0,
-            "engine_pids": tuple(child.pid for child in psutil.Process().children(recursive=True)),
         }
-
-    async def reset_prefix_cache(self) -> bool:
-        return bool(await self._llm.reset_prefix_cache())
 
     def shutdown(self) -> None:
         self._llm.shutdown(timeout=5)

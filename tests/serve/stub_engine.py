@@ -52,7 +52,7 @@ class StubEngine:
     async def join(self, channel: m.ChannelAddress) -> m.EngineDescription:
         await self.channel.link(channel)
         self.notes.join(channel.router)
-        return m.EngineDescription(self.notes.replica, 4096, self.set.batch, ("generate",), 0, self.notes.pid, ())
+        return m.EngineDescription(self.notes.replica, 4096, self.set.batch, ("generate",))
 
     def check_health(self) -> None:
         assert not self.notes.running or time.monotonic() - self.stepped < self.set.stall_s, "hung"

@@ -749,7 +749,7 @@ async def test_a_replica_that_fell_silent_gets_nothing_until_it_has_joined_again
     missing = Recorder()
     house.fleet._on_missing = lambda: missing.note("missing")
     house.fleet.set_replicas(frozenset(house.candidates))
-    descriptions = [m.EngineDescription(replica, 2048, 16, ("generate",), 0, 1, ()) for replica in house.candidates]
+    descriptions = [m.EngineDescription(replica, 2048, 16, ("generate",)) for replica in house.candidates]
     for description in descriptions:
         house.fleet.joined(description)
     house.fleet.lose_replica("e1", "it is silent")
@@ -802,12 +802,12 @@ async def test_a_replica_that_has_left_takes_no_part_in_capacity(house: House) -
     fleet.set_replicas(frozenset({"e1", "e2"}))
     assert fleet.missing == {"e1", "e2"}
     for replica in ("e1", "e2"):
-        fleet.joined(m.EngineDescription(replica, 2048, 16, ("generate",), 0, 1, ()))
+        fleet.joined(m.EngineDescription(replica, 2048, 16, ("generate",)))
     assert fleet.missing == frozenset()
     assert fleet.admission.capacity == 32
     fleet.set_replicas(frozenset({"e2"}))
     assert fleet.admission.capacity == 16
-    fleet.joined(m.EngineDescription("e1", 2048, 16, ("generate",), 0, 1, ()))  # a late answer
+    fleet.joined(m.EngineDescription("e1", 2048, 16, ("generate",)))  # a late answer
     assert fleet.admission.capacity == 16
 
 
@@ -815,7 +815,7 @@ async def test_a_draining_replica_finishes_its_streams(house: House) -> None:
     submission = StubSubmission()
     flight, call = await house.flown(submission)
     house.fleet.set_replicas(frozenset(house.candidates))
-    house.fleet.joined(m.EngineDescription(call.replica, 2048, 16, ("generate",), 0, 1, ()))
+    house.fleet.joined(m.EngineDescription(call.replica, 2048, 16, ("generate",)))
     house.fleet.set_replicas(frozenset())
     call.deltas("a", "b", "c")
     call.end(2)

@@ -83,7 +83,7 @@ class StubFleet:
     def join(self, *beats: m.Heartbeat) -> StubFleet:
         for each in beats:
             self.running |= {each.replica}
-            self.replicas[each.replica] = m.EngineDescription(each.replica, 2048, 8, ("generate",), 0, 1, ())
+            self.replicas[each.replica] = m.EngineDescription(each.replica, 2048, 8, ("generate",))
             self.heartbeats[each.replica] = each
             self.vitals[each.replica] = Vitals()
         return self

@@ -1,8 +1,8 @@
 // Conversations in this browser: bounded, one entry each, so that a token costs no rewrite of all. Pure but for storage.
 
 const PREFIX = 'groundswell.conversation.';
-export const MOST_CONVERSATIONS = 60;
-export const MOST_CHARS = 3_000_000;
+const MOST_CONVERSATIONS = 60;
+const MOST_CHARS = 3_000_000;
 
 export class Conversations {
   #storage;
@@ -98,7 +98,7 @@ export class MemoryStorage {
   }
 }
 
-export function titleOf(conversation) {
+function titleOf(conversation) {
   const first = conversation.messages.find((message) => message.role === 'user')?.content ?? '';
   const line = first.trim().split('\n')[0];
   return line.length > 60 ? `${line.slice(0, 58)}…` : line || 'New conversation';
