@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
@@ -285,6 +286,24 @@ class Dispatcher:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)
+
+
+def below_prefix(app: App) -> App:
+    """Return `app` as it is served below a prefix: it sees paths without, and no `root_path`.
+
+    Serve's `route_prefix` and `http_options.root_path` come in ASGI's `root_path`, and in `path` as well. The prefix
+    alone is sent on to the one with a slash, from where the page's relative links go.
+    """
+
+    async def below(scope: Scope, receive: Receive, send: Send) -> None:
+        root, path = scope.get("root_path", ""), scope.get("path", "")
+        if root and path == root and scope["type"] == "http":
+            return await _respond(send, 307, b"", headers={"location": quote(path.rpartition("/")[2]) + "/"})
+        if root and path.startswith(root + "/"):
+            scope = {**scope, "root_path": "", "path": path[len(root) :]}
+        await app(scope, receive, send)
+
+    return below
 
 
 def _request_id(scope: Scope) -> str:

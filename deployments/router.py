@@ -18,7 +18,7 @@ from deployments.access.fair_share import FairShare
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyRing, key_ring
 from deployments.config import AppConfig, AssistantConfig, ModelConfig
-from deployments.dispatch import Answer, App, Dispatcher
+from deployments.dispatch import Answer, App, Dispatcher, below_prefix
 from deployments.errors import EngineFailure, EngineUnavailable, ModelNotFound
 from deployments.fleet.client import Exchange, Fleet, Ticket
 from deployments.fleet.placement import Ledger
@@ -143,7 +143,7 @@ class Router:
         config, keys = self._config.router, self._keys
         if keys is not None and config.keys is not None:
             self._tasks.append(asyncio.get_running_loop().create_task(_refresh(keys, config.keys.reread_interval_s)))
-        return Gate(
+        gate = Gate(
             app if self._tracing is None else TracedApp(app, self._tracing),
             keys,
             model_paths,
@@ -152,6 +152,7 @@ class Router:
             metrics=self._metrics,
             open_pages=() if self._page is None else self._page.paths,
         )
+        return below_prefix(gate)
 
     def _retriever(self) -> Any:
         """Return the Retriever, as those who ask it call it; None without a document store."""

@@ -21,6 +21,8 @@ from tests.serve import orders
 
 LIMIT_S = 90
 """Generous: tests are about what happens and in which order."""
+PREFIX = "/of/stubs"
+"""Where the API is: the end-to-end tests have it at the root."""
 ROUTERS = 2
 MAX_QUEUED = 4
 
@@ -117,7 +119,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
     }
     application = {
         "name": "stubs",
-        "route_prefix": "/",
+        "route_prefix": PREFIX,
         "import_path": "tests.serve.stub_app:build",
         "args": {"app": {"models": models, "router": router}},
     }
@@ -126,4 +128,4 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
         with serving(file, tmp_path_factory.mktemp("state")) as served:
-            yield Stubs(f"http://127.0.0.1:{served.port}", folder, config, served)
+            yield Stubs(f"http://127.0.0.1:{served.port}{PREFIX}", folder, config, served)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,7 @@ import requests
 
 from tests.e2e.serving import wait_for
 from tests.serve import orders
-from tests.serve.conftest import LIMIT_S, MAX_QUEUED, ROUTERS, Stubs
+from tests.serve.conftest import LIMIT_S, MAX_QUEUED, PREFIX, ROUTERS, Stubs
 
 
 def events(answer: requests.Response) -> Iterator[Any]:
@@ -93,6 +94,20 @@ def test_what_the_page_shows_of_the_fleet_is_what_serve_and_the_engines_say(pair
         wait_for(lambda: of_pair()["running"] == 1, "the request is seen to run")
         assert answer.result().status_code == 200
     wait_for(lambda: of_pair()["running"] == 0, "and to be over")
+
+
+def test_all_is_below_the_route_prefix_and_the_page_too(stubs: Stubs) -> None:
+    def get(url: str) -> requests.Response:
+        return requests.get(url, timeout=LIMIT_S)
+
+    assert {card["id"] for card in get(f"{stubs.url}/v1/models").json()["data"]} == {"pair", "elastic", "zero"}
+    page = get(stubs.url)
+    assert (page.status_code, page.url) == (200, f"{stubs.url}/")
+    (script,) = re.findall(r'src="(page/[^"]+)"', page.text)
+    assert get(page.url + script).status_code == 200
+    nowhere = get(f"{stubs.url}/nowhere")
+    assert (nowhere.status_code, nowhere.json()["error"]["message"]) == (404, "There is no /nowhere here.")
+    assert get(f"{stubs.url.removesuffix(PREFIX)}/v1/models").status_code == 404
 
 
 def test_two_prompts_in_one_completion_are_both_answered(pair: Stubs) -> None:
