@@ -35,6 +35,10 @@ _BEGUN: Final = (-(2**31), 0.0)
 """Goes before all that wait for their first token: somebody is reading."""
 
 
+class _Untaken(EngineFailure):
+    """The replica where a request had its place is gone, and had not taken it, as far as Serve has heard."""
+
+
 class DeltaLike(Protocol):
     """`deployments.seam.wire.Delta`, as far as the Fleet looks into it."""
 
@@ -111,7 +115,7 @@ class Ticket:
 
     Args:
         avoid: Replicas that have failed this request.
-        order: Smaller goes first among those that wait for an engine.
+        order: Smaller goes first among those that wait for an engine; equals in the order they came.
         on_taken: Called with the replica that has taken the call, on the event loop of Serve's router.
     """
 
@@ -120,7 +124,7 @@ class Ticket:
         ledger: Ledger,
         booking: Booking,
         avoid: frozenset[str],
-        order: tuple[int, float] = (0, 0.0),
+        order: tuple[float, ...] = (0, 0.0),
         *,
         on_taken: Callable[[str], object] = _ignore,
     ) -> None:
@@ -204,14 +208,22 @@ class Flight:
         """Run the request until it is finished, through as many engine failures as it is allowed.
 
         Two bounds: attempts in a row that brought no token further, and failures in all. The first gives a long stream
-        as many lives as it needs; the second keeps a request that kills its engines from killing them all.
+        as many lives as it needs; the second keeps a request that kills its engines from killing them all. What no
+        engine has taken goes on waiting, where it did; how often it moves is bounded, for it may have been on its way.
         """
         fleet, submission = self._fleet, self._submission
-        failures = in_vain = 0
+        failures = in_vain = moves = 0
         while True:
             progress = submission.progress
             try:
                 return await self._attempt()
+            except _Untaken as failure:
+                moves += 1
+                logger.info("Request %s moves before any engine had it (%s)", submission.request_id, failure)
+                if moves >= fleet.config.max_engine_failures:
+                    raise EngineUnavailable(
+                        "No engine could be reached that would take this request.", retry_after_s=1
+                    ) from failure
             except EngineFailure as failure:
                 fleet.metrics.inc("fleet_engine_failures", model=fleet.model)
                 self._failed_at = self._failed_at or fleet.clock()
@@ -247,7 +259,7 @@ class Flight:
             fleet.ledger,
             self._booking,
             self._failed_replicas,
-            _BEGUN if self._submission.progress else self._submission.order,
+            (*(_BEGUN if self._submission.progress else self._submission.order), self._started),
             on_taken=partial(self._hear_taken, self.stream),
         )
         call = fleet.call(self._submission.encode(), fleet.exchange.channel.address, self.stream, ticket)
@@ -265,6 +277,8 @@ class Flight:
             if end is None:
                 raise EngineFailure("its call ended without a word")
             await self._settle(end)
+        except _Untaken:
+            raise
         except EngineFailure:
             self.replica = self.place
             raise
@@ -372,10 +386,9 @@ class Flight:
             self._fleet.exchange.channel.abort(self.replica, m.Abort(m.VERSION, self.stream, index))
 
     def lose(self, reason: str) -> None:
-        """The engine failed this attempt."""
+        """The engine failed this attempt, or can take it no more."""
         if not self._complete.done():
-            self.replica = self.place  # now, for Serve may find it another
-            self._complete.set_exception(EngineFailure(reason))
+            self._complete.set_exception(_Untaken(reason) if self.replica is None else EngineFailure(reason))
             self._complete.exception()  # retrieved: the attempt may have ended by itself
 
     def is_waiting_in(self, fleet: Fleet) -> bool:
