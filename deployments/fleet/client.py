@@ -150,9 +150,9 @@ class Ticket:
 
 
 class Flight:
-    """One request on its way. Made by `Fleet.start` with its places in admission taken; leaves them when it is over."""
+    """One request on its way, once it has its places in admission; leaves them when it is over."""
 
-    def __init__(self, fleet: Fleet, submission: Submission) -> None:
+    def __init__(self, fleet: Fleet, submission: Submission, reservation: Reservation) -> None:
         self._fleet = fleet
         self._submission = submission
         self._failed_replicas: frozenset[str] = frozenset()
@@ -161,6 +161,8 @@ class Flight:
         self._failed_at: float | None = None
         self._begun = False
         self._reset()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._places = reservation.take(submission.sequences, self._get_ready)
         self.task = self._loop.create_task(self._fly())
         self.task.add_done_callback(self._land)
 
@@ -178,17 +180,18 @@ class Flight:
         """The replica that runs this attempt, or was asked to and has yet to answer."""
         return self.replica or self._booking.replica
 
+    def _get_ready(self) -> None:
+        if not self._ready.done():  # cancelled, it is about to leave
+            self._ready.set_result(None)
+
     def _land(self, task: asyncio.Task[None]) -> None:
-        admission, sequences = self._fleet.admission, self._submission.sequences
-        if task.cancelled() and not self._begun:  # no engine has done its work, so it says nothing of their pace
-            admission.give_back(sequences)
-        else:
-            admission.leave(sequences)
+        self._places.leave(worked=self._begun or not task.cancelled())
 
     async def _fly(self) -> None:
         fleet, submission = self._fleet, self._submission
         outcome = "failed"
         try:
+            await self._ready
             await self._attempts()
             outcome = "finished"
         except asyncio.CancelledError:
@@ -506,8 +509,7 @@ class Fleet:
 
     def start(self, submission: Submission, reservation: Reservation) -> Flight:
         """Send a request on its way; its outputs and its failure reach `submission`."""
-        reservation.take(submission.sequences)
-        return Flight(self, submission)
+        return Flight(self, submission, reservation)
 
     def set_replicas(self, running: frozenset[str]) -> None:
         """Take over Serve's set of running replicas.

@@ -955,6 +955,31 @@ async def test_every_sequence_of_a_request_takes_a_place(house: House) -> None:
     house.fleet.admit(8).release()
 
 
+async def test_prompts_of_one_request_beyond_what_engines_take_wait_for_those_before(house: House) -> None:
+    reservation = house.fleet.admit(1)
+    submissions = [StubSubmission(wants=1) for _ in range(3)]
+    house.flights += [house.fleet.start(submission, reservation) for submission in submissions]
+    for number in (1, 2, 3):
+        await house.call(number)
+        assert (len(house.calls), house.fleet.admission.in_flight) == (number, 1)
+        await house.finish(number, "a")
+        await landed(house.flights[number - 1])
+    reservation.release()
+    assert [submission.outputs for submission in submissions] == [["a"]] * 3
+
+
+async def test_a_client_may_hang_up_while_prompts_of_its_request_wait(house: House) -> None:
+    reservation = house.fleet.admit(1)
+    house.flights += [house.fleet.start(StubSubmission(), reservation) for _ in range(3)]
+    await house.call()
+    for flight in house.flights:
+        flight.close()
+    reservation.release()
+    await landed(*house.flights)
+    assert len(house.calls) == 1
+    assert house.outcomes() == {"cancelled": 3}
+
+
 # Over the wire.
 
 
