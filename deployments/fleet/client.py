@@ -136,6 +136,10 @@ class Ticket:
         fresh = [c for c in candidates if c not in self._avoid]
         return self._ledger.place(self._booking, fresh) or self._ledger.place(self._booking, candidates)
 
+    def would_take(self, replica: str, candidates: list[str]) -> bool:
+        """Whether `replica` has not failed this request, or there is no better one among `candidates`."""
+        return replica not in self._avoid or not self._ledger.fit(c for c in candidates if c not in self._avoid)
+
     def taken(self, replica: str) -> None:
         """Serve has heard that `replica` runs the call."""
         self._booking.settle(replica)

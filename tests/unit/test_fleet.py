@@ -315,7 +315,7 @@ async def test_the_prompt_weighs_until_the_first_delta_and_the_stream_until_the_
     call.deltas("b", "c", first=1)
     call.end(2)
     await landed(flight)
-    assert house.ledger.loads()[call.replica] == ReplicaLoad()
+    assert house.ledger.loads() == {}
 
 
 async def test_a_delta_may_overtake_what_serve_says(house: House) -> None:
