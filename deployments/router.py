@@ -287,8 +287,23 @@ class _ServeCalls:
         return [a for a in answers if isinstance(a, m.EngineDescription)]
 
     async def wake(self, channel: m.ChannelAddress) -> m.EngineDescription:
-        """Wait for any replica, as a request would: from zero, this is what starts the first."""
-        description: m.EngineDescription = await self._handle.join.remote(channel)
+        """Wait for any replica, as a request would: from zero, this is what starts the first.
+
+        Raises:
+            EngineUnavailable: Serve lets no more wait, or the replica died or could not join.
+        """
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import BackPressureError, RayServeException
+
+        try:
+            description: m.EngineDescription = await self._handle.join.remote(channel)
+        except BackPressureError:
+            raise _too_many() from None
+        except (RayError, RayServeException) as error:
+            logger.warning("A replica of %s that was waited for did not join: %s", self._handle.deployment_name, error)
+            raise EngineUnavailable(
+                "The engine that was to start for this request failed.", retry_after_s=_JOIN_RETRY_S
+            ) from error
         return description
 
 
@@ -308,13 +323,17 @@ class _ServeCall:
                 yield message
             self._ended = True
         except BackPressureError:
-            raise EngineUnavailable("Too many requests wait for this model's engines.", retry_after_s=5) from None
+            raise _too_many() from None
         except (RayError, RayServeException) as error:
             raise EngineFailure(f"{type(error).__name__} from Serve") from error
 
     def cancel(self) -> None:
         if not self._ended:
             self._response.cancel()
+
+
+def _too_many() -> EngineUnavailable:
+    return EngineUnavailable("Too many requests wait for this model's engines.", retry_after_s=5)
 
 
 class _Model:
@@ -370,10 +389,18 @@ class _Model:
             await self._build(None)
 
     async def app(self) -> App:
-        """Return the app, building it at first need; for some models that waits for their first engine."""
+        """Return the app, building it at first need; for some models that waits for their first engine.
+
+        Raises:
+            Overloaded: As many wait as may: the app, which would say so, is not there yet.
+            EngineUnavailable: The engine failed.
+        """
         if self.built is None:
-            description = await self._calls.wake(self._channel)
-            await self._build(description)
+            place = self.fleet.admit(1)
+            try:
+                await self._build(await self._calls.wake(self._channel))
+            finally:
+                place.release()
         assert self.built is not None
         return self.built
 
