@@ -75,6 +75,8 @@ class Router:
         self._keys = key_ring(config.router, os.environ)
         if self._keys is None:
             logger.warning("There are no API keys: whoever reaches the HTTP port may use it")
+        elif any("allowed_origins" in model.engine_args | model.frontend_args for model in config.models):
+            logger.warning("`allowed_origins` lets no page in: a browser asks first, without a key, and hears 401")
 
     async def __serve_build_asgi_app__(self) -> App:
         """Called by Serve, once, on the replica's event loop."""
