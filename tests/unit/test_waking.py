@@ -75,7 +75,7 @@ async def test_as_many_wait_for_the_first_engine_as_may_and_then_have_the_app(ho
     waiting = [asyncio.create_task(house.model.app()) for _ in range(QUEUED)]
     await house.handle.asked.until(lambda: len(house.handle.asked.noted) == QUEUED)
     with pytest.raises(Overloaded):
-        await house.model.app()
+        await asyncio.wait_for(house.model.app(), LIMIT_S)
     house.handle.answer.set_result(m.EngineDescription("e1", 2048, 16, ("generate",), 0, 1, ()))
     async with asyncio.timeout(LIMIT_S):
         first, second = await asyncio.gather(*waiting)
