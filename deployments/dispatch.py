@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
@@ -28,7 +29,7 @@ from deployments.errors import (
 )
 from deployments.redaction import redacted
 from deployments.request_scope import request_scope
-from deployments.time_limits import ClientStalled, Deadline, deadline, within
+from deployments.time_limits import ClientStalled, Deadline, deadline, reading, until
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -162,27 +163,29 @@ class Dispatcher:
 
         path = scope["path"]
         try:
-            limit = deadline(scope["headers"], self._request_timeout_s, asyncio.get_running_loop().time())
-            async with within(limit, watched, max_unread_s=self._max_unread_s) as bounded:
-                await self._route(scope, heard, bounded, limit)
-        except PublicError as error:
-            if not status:
-                await _respond(watched, error.status, json.dumps(error.body(path)).encode(), headers=error.headers())
-            elif streams:
-                await watched({"type": "http.response.body", "body": last_words(path, error)})
-        except (ClientGone, ClientStalled) as gone:
+            async with reading(watched, max_unread_s=self._max_unread_s) as bounded:
+                try:
+                    limit = deadline(scope["headers"], self._request_timeout_s, asyncio.get_running_loop().time())
+                    async with until(limit):
+                        await self._route(scope, heard, bounded, limit)
+                except ClientGone:
+                    raise
+                except Exception as error:
+                    public = error if isinstance(error, PublicError) else PublicError(OPAQUE)
+                    if public is not error:
+                        logger.exception("Request %s failed", request_id)
+                    if not status:
+                        said = json.dumps(public.body(path)).encode()
+                        await _respond(bounded, public.status, said, headers=public.headers())
+                    elif streams:
+                        await bounded({"type": "http.response.body", "body": last_words(path, public)})
+                    elif public is not error:
+                        raise
+        except ClientGone:
             status = 499
-            if isinstance(gone, ClientStalled):
-                logger.warning("Request %s: its client has not read for %g s", request_id, self._max_unread_s)
-        except Exception:
-            logger.exception("Request %s failed", request_id)
-            opaque = PublicError(OPAQUE)
-            if streams:
-                await watched({"type": "http.response.body", "body": last_words(path, opaque)})
-            elif status:
-                raise
-            else:
-                await _respond(watched, opaque.status, json.dumps(opaque.body(path)).encode())
+        except ClientStalled:
+            status = 499
+            logger.warning("Request %s: its client has not read for %g s", request_id, self._max_unread_s)
         finally:
             known = path if path in self._model_paths or path in self._own else self._prefix(path) or "other"
             status = 499 if hung_up else status
@@ -283,6 +286,24 @@ class Dispatcher:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)
+
+
+def below_prefix(app: App) -> App:
+    """Return `app` as it is served below a prefix: it sees paths without, and no `root_path`.
+
+    Serve's `route_prefix` and `http_options.root_path` come in ASGI's `root_path`, and in `path` as well. The prefix
+    alone is sent on to the one with a slash, from where the page's relative links go.
+    """
+
+    async def below(scope: Scope, receive: Receive, send: Send) -> None:
+        root, path = scope.get("root_path", ""), scope.get("path", "")
+        if root and path == root and scope["type"] == "http":
+            return await _respond(send, 307, b"", headers={"location": quote(path.rpartition("/")[2]) + "/"})
+        if root and path.startswith(root + "/"):
+            scope = {**scope, "root_path": "", "path": path[len(root) :]}
+        await app(scope, receive, send)
+
+    return below
 
 
 def _request_id(scope: Scope) -> str:

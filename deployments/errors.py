@@ -6,12 +6,29 @@ Anything else that escapes becomes an opaque 500: what a client reads is only ev
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Final
 
 OPAQUE: Final = "The server had an internal error."
 """What clients read of anything that nobody foresaw."""
 _MESSAGES: Final = "/v1/messages"
 """Anthropic's API, and what is below it."""
+_MESSAGES_TYPES: Final[Mapping[int, str]] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def messages_error(status: int, message: str) -> dict[str, Any]:
+    """Return the error object of Anthropic's API, whose types go by the status."""
+    kind = _MESSAGES_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 class ConfigError(ValueError):
@@ -44,7 +61,7 @@ class PublicError(Exception):
     def body(self, path: str = "") -> dict[str, Any]:
         """Return the error object that clients of the API at `path` know: Anthropic's or, of all else, OpenAI's."""
         if path.startswith(_MESSAGES):
-            return {"type": "error", "error": {"type": self.type, "message": self.message}}
+            return messages_error(self.status, self.message)
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from deployments.access.fair_share import FairShare
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyRing, key_ring
 from deployments.config import AppConfig, AssistantConfig, ModelConfig
-from deployments.dispatch import Answer, App, Dispatcher
+from deployments.dispatch import Answer, App, Dispatcher, below_prefix
 from deployments.errors import EngineFailure, EngineUnavailable, ModelNotFound
 from deployments.fleet.client import Exchange, Fleet, Ticket
 from deployments.fleet.placement import Ledger
@@ -76,6 +76,8 @@ class Router:
         self._keys = key_ring(config.router, os.environ)
         if self._keys is None:
             logger.warning("There are no API keys: whoever reaches the HTTP port may use it")
+        elif any("allowed_origins" in model.engine_args | model.frontend_args for model in config.models):
+            logger.warning("`allowed_origins` lets no page in: a browser asks first, without a key, and hears 401")
 
     async def __serve_build_asgi_app__(self) -> App:
         """Called by Serve, once, on the replica's event loop."""
@@ -151,7 +153,7 @@ class Router:
         config, keys = self._config.router, self._keys
         if keys is not None and config.keys is not None:
             self._tasks.append(asyncio.get_running_loop().create_task(_refresh(keys, config.keys.reread_interval_s)))
-        return Gate(
+        gate = Gate(
             app if self._tracing is None else TracedApp(app, self._tracing),
             keys,
             model_paths,
@@ -160,6 +162,7 @@ class Router:
             metrics=self._metrics,
             open_pages=() if self._page is None else self._page.paths,
         )
+        return below_prefix(gate)
 
     def _retriever(self) -> Any:
         """Return the Retriever, as those who ask it call it; None without a document store."""
@@ -294,8 +297,23 @@ class _ServeCalls:
         return [a for a in answers if isinstance(a, m.EngineDescription)]
 
     async def wake(self, channel: m.ChannelAddress) -> m.EngineDescription:
-        """Wait for any replica, as a request would: from zero, this is what starts the first."""
-        description: m.EngineDescription = await self._handle.join.remote(channel)
+        """Wait for any replica, as a request would: from zero, this is what starts the first.
+
+        Raises:
+            EngineUnavailable: Serve lets no more wait, or the replica died or could not join.
+        """
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import BackPressureError, RayServeException
+
+        try:
+            description: m.EngineDescription = await self._handle.join.remote(channel)
+        except BackPressureError:
+            raise _too_many() from None
+        except (RayError, RayServeException) as error:
+            logger.warning("A replica of %s that was waited for did not join: %s", self._handle.deployment_name, error)
+            raise EngineUnavailable(
+                "The engine that was to start for this request failed.", retry_after_s=_JOIN_RETRY_S
+            ) from error
         return description
 
 
@@ -315,13 +333,17 @@ class _ServeCall:
                 yield message
             self._ended = True
         except BackPressureError:
-            raise EngineUnavailable("Too many requests wait for this model's engines.", retry_after_s=5) from None
+            raise _too_many() from None
         except (RayError, RayServeException) as error:
             raise EngineFailure(f"{type(error).__name__} from Serve") from error
 
     def cancel(self) -> None:
         if not self._ended:
             self._response.cancel()
+
+
+def _too_many() -> EngineUnavailable:
+    return EngineUnavailable("Too many requests wait for this model's engines.", retry_after_s=5)
 
 
 class _Model:
@@ -377,10 +399,18 @@ class _Model:
             await self._build(None)
 
     async def app(self) -> App:
-        """Return the app, building it at first need; for some models that waits for their first engine."""
+        """Return the app, building it at first need; for some models that waits for their first engine.
+
+        Raises:
+            Overloaded: As many wait as may: the app, which would say so, is not there yet.
+            EngineUnavailable: The engine failed.
+        """
         if self.built is None:
-            description = await self._calls.wake(self._channel)
-            await self._build(description)
+            place = self.fleet.admit(1)
+            try:
+                await self._build(await self._calls.wake(self._channel))
+            finally:
+                place.release()
         assert self.built is not None
         return self.built
 

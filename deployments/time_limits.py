@@ -72,46 +72,58 @@ def deadline(headers: Iterable[tuple[bytes, bytes]], longest_s: float | None, no
 
 
 @asynccontextmanager
-async def within(limit: Deadline | None, send: Send, *, max_unread_s: float) -> AsyncIterator[Send]:
-    """Run the block until the deadline, or until something it sends has not been taken for `max_unread_s`.
+async def until(limit: Deadline | None) -> AsyncIterator[None]:
+    """Run the block until the deadline, if there is one.
+
+    Raises:
+        RequestTimeout: It has come.
+    """
+    try:
+        async with asyncio.timeout_at(None if limit is None else limit.final) as timeout:
+            yield
+    except TimeoutError:
+        if limit is None or not timeout.expired():
+            raise
+        raise limit.error from None
+
+
+@asynccontextmanager
+async def reading(send: Send, *, max_unread_s: float) -> AsyncIterator[Send]:
+    """Run the block until something it sends has not been taken for `max_unread_s`.
 
     Args:
-        limit: The deadline, if there is one.
-        send: ASGI's; the block is to use the one it is given instead.
+        send: ASGI's; the block is to use the one it is given instead, for its last words too.
         max_unread_s: How long one message may wait for the client's buffers to take it.
 
     Raises:
-        RequestTimeout: The deadline has come.
         ClientStalled: The client does not read.
     """
     loop = asyncio.get_running_loop()
     since: float | None = None
-    stalled = False
     timer: asyncio.TimerHandle
 
     async def noted(message: Message) -> None:
         nonlocal since
         since = loop.time()
-        await send(message)
-        since = None
+        try:
+            await send(message)
+        finally:
+            since = None
 
     def look() -> None:
-        nonlocal stalled, timer
+        nonlocal timer
         if since is not None and loop.time() - since >= max_unread_s:
-            stalled = True
             timeout.reschedule(loop.time())
         else:
             timer = loop.call_later(max_unread_s / _LOOKS, look)
 
     timer = loop.call_later(max_unread_s / _LOOKS, look)
     try:
-        async with asyncio.timeout_at(limit.final if limit is not None else None) as timeout:
+        async with asyncio.timeout(None) as timeout:
             yield noted
     except TimeoutError:
         if not timeout.expired():
             raise
-        if stalled or limit is None:
-            raise ClientStalled from None
-        raise limit.error from None
+        raise ClientStalled from None
     finally:
         timer.cancel()

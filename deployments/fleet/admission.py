@@ -24,6 +24,9 @@ class Admission:
     comes first, and a greedy one's queue must not shut it out. That adds no more to the bound than engines work on, or
     one for each key.
 
+    A request may turn out to be more than it was let in with: a completion of many prompts, many texts to embed. What
+    it is beyond that starts while engines are free, or within its key's even share, and until then waits uncounted.
+
     Args:
         max_queued: Sequences held beyond the capacity of the running engines.
         max_wait_s: How long one of them may have to wait for an engine.
@@ -39,7 +42,9 @@ class Admission:
         self._finished: deque[float] = deque(maxlen=_WINDOW)
         """When sequences have ended, in seconds that engines had been busy for by then."""
         self._held: dict[str, int] = {}
-        """What requests of each key were let in with and have not given back."""
+        """What requests of each key were let in with and have not given back, or run if that is more."""
+        self.growing: dict[Reservation, None] = {}
+        """Requests of which something waits to start, in the order they came."""
 
     @property
     def capacity(self) -> int:
@@ -52,6 +57,7 @@ class Admission:
         self._capacity = sequences
         # At least two batches of engines that work in step.
         self._finished = deque(self._finished, maxlen=max(_WINDOW, 2 * sequences))
+        self.start_waiting()
 
     def check(self, n: int, key: str | None = None) -> None:
         """Raise unless `n` more sequences may start, of this key where there are keys.
@@ -92,31 +98,47 @@ class Admission:
         """
         self.check(n, key)
         self.enter(n)
-        if key is not None:
-            self._held[key] = self._held.get(key, 0) + n
+        self.hold(n, key)
         return Reservation(self, n, key)
 
-    def over(self, n: int, key: str) -> None:
-        """A key's request that was let in with `n` is over."""
-        self._held[key] -= n
-        if not self._held[key]:
-            del self._held[key]
+    def hold(self, n: int, key: str | None) -> None:
+        """A key's requests hold `n` more, or less."""
+        if key is not None:
+            self._held[key] = self._held.get(key, 0) + n
+            if not self._held[key]:
+                del self._held[key]
+
+    def is_within_share(self, n: int, key: str | None) -> bool:
+        """Whether a key has its even share of what engines work on with `n` more at most."""
+        return key is not None and bool(self._capacity) and self._held.get(key, 0) + n <= self._even_share(key)
+
+    def start_waiting(self, changed: Reservation | None = None) -> None:
+        """Start what may start: what a request is entitled to that has changed, and on free engines the rest.
+
+        There it is the turn of the request that has the least running.
+        """
+        while changed is not None and changed.is_entitled:
+            changed.start_next()
+        while self.growing and self.in_flight < self._capacity:
+            min(self.growing, key=lambda each: each.running).start_next()
 
     def enter(self, n: int) -> None:
         self._advance()
         self.in_flight += n
 
-    def leave(self, n: int) -> None:
+    def leave(self, n: int, of: Reservation | None = None) -> None:
         """`n` sequences have been worked on to their end."""
         self._advance()
         if self._is_busy:
             self._finished.extend([self._busy_s] * n)
         self.in_flight -= n
+        self.start_waiting(of)
 
-    def give_back(self, n: int) -> None:
+    def give_back(self, n: int, of: Reservation | None = None) -> None:
         """`n` places were never used."""
         self._advance()
         self.in_flight -= n
+        self.start_waiting(of)
 
     @property
     def _is_busy(self) -> bool:
@@ -144,26 +166,78 @@ def _bounded(wait_s: float | None) -> float:
     return _UNKNOWN_WAIT_S if wait_s is None else min(_LONGEST_WAIT_S, max(1.0, wait_s))
 
 
+class Places:
+    """Those of one flight, which has taken them or waits for them.
+
+    Args:
+        on_taken: Called when it has them, at once where it need not wait.
+    """
+
+    def __init__(self, reservation: Reservation, n: int, on_taken: Callable[[], object]) -> None:
+        self._reservation, self.n, self.on_taken = reservation, n, on_taken
+        self.taken = False
+
+    def leave(self, *, worked: bool = True) -> None:
+        """The flight is over. If it has not `worked`, it says nothing of the engines' pace."""
+        self._reservation.leave(self, worked=worked)
+
+
 class Reservation:
     """The places one HTTP request was let in with, before anybody knew how many sequences it becomes.
 
-    What it needs beyond them it gets: a request that was let in is let in whole.
+    Attributes:
+        running: Sequences that have taken places and not left them.
     """
 
     def __init__(self, admission: Admission, n: int, key: str | None = None) -> None:
-        self._admission, self._left = admission, n
-        self._n, self._key = n, key
+        self._admission, self._n, self._key = admission, n, key
+        self._left, self.running = n, 0
+        self._waiting: deque[Places] = deque()
 
-    def take(self, n: int) -> None:
-        """Turn `n` places over to a flight, which will leave them."""
-        taken = min(n, self._left)
-        self._left -= taken
-        self._admission.enter(n - taken)
+    @property
+    def is_entitled(self) -> bool:
+        """Whether the next that waits may start though engines are busy: the request was let in with as much."""
+        if not self._waiting:
+            return False
+        n = self._waiting[0].n
+        return not self.running or self.running + n <= self._n or self._admission.is_within_share(n, self._key)
+
+    def take(self, n: int, on_taken: Callable[[], object] = lambda: None) -> Places:
+        """Turn `n` places over to a flight, which is to leave them, as soon as there are as many for it."""
+        places = Places(self, n, on_taken)
+        self._waiting.append(places)
+        self._admission.growing[self] = None
+        self._admission.start_waiting(self)
+        return places
+
+    def start_next(self) -> None:
+        places = self._waiting.popleft()
+        self._forget_if_none_waits()
+        reserved = min(places.n, self._left)
+        self._left -= reserved
+        self._admission.enter(places.n - reserved)
+        self._hold(self._n, self.running + places.n)
+        places.taken = True
+        places.on_taken()
+
+    def leave(self, places: Places, *, worked: bool) -> None:
+        if not places.taken:
+            self._waiting.remove(places)
+            return self._forget_if_none_waits()
+        self._hold(self._n, self.running - places.n)
+        (self._admission.leave if worked else self._admission.give_back)(places.n, self)
 
     def release(self) -> None:
         """Give back what was never taken, when the request is over. Safe to call twice."""
-        self._admission.give_back(self._left)
-        self._left = 0
-        if self._key is not None:
-            self._admission.over(self._n, self._key)
-            self._key = None
+        left, self._left = self._left, 0
+        self._hold(0, self.running)
+        self._admission.give_back(left)
+
+    def _hold(self, n: int, running: int) -> None:
+        before = max(self._n, self.running)
+        self._n, self.running = n, running
+        self._admission.hold(max(n, running) - before, self._key)
+
+    def _forget_if_none_waits(self) -> None:
+        if not self._waiting:
+            del self._admission.growing[self]

@@ -35,6 +35,10 @@ _BEGUN: Final = (-(2**31), 0.0)
 """Goes before all that wait for their first token: somebody is reading."""
 
 
+class _Untaken(EngineFailure):
+    """The replica where a request had its place is gone, and had not taken it, as far as Serve has heard."""
+
+
 class DeltaLike(Protocol):
     """`deployments.seam.wire.Delta`, as far as the Fleet looks into it."""
 
@@ -111,7 +115,7 @@ class Ticket:
 
     Args:
         avoid: Replicas that have failed this request.
-        order: Smaller goes first among those that wait for an engine.
+        order: Smaller goes first among those that wait for an engine; equals in the order they came.
         on_taken: Called with the replica that has taken the call, on the event loop of Serve's router.
     """
 
@@ -120,7 +124,7 @@ class Ticket:
         ledger: Ledger,
         booking: Booking,
         avoid: frozenset[str],
-        order: tuple[int, float] = (0, 0.0),
+        order: tuple[float, ...] = (0, 0.0),
         *,
         on_taken: Callable[[str], object] = _ignore,
     ) -> None:
@@ -131,6 +135,10 @@ class Ticket:
         """Return replica ids, best first; those that have failed this request only where there is no other."""
         fresh = [c for c in candidates if c not in self._avoid]
         return self._ledger.place(self._booking, fresh) or self._ledger.place(self._booking, candidates)
+
+    def would_take(self, replica: str, candidates: list[str]) -> bool:
+        """Whether `replica` has not failed this request, or there is no better one among `candidates`."""
+        return replica not in self._avoid or not self._ledger.fit(c for c in candidates if c not in self._avoid)
 
     def taken(self, replica: str) -> None:
         """Serve has heard that `replica` runs the call."""
@@ -146,9 +154,9 @@ class Ticket:
 
 
 class Flight:
-    """One request on its way. Made by `Fleet.start` with its places in admission taken; leaves them when it is over."""
+    """One request on its way, once it has its places in admission; leaves them when it is over."""
 
-    def __init__(self, fleet: Fleet, submission: Submission) -> None:
+    def __init__(self, fleet: Fleet, submission: Submission, reservation: Reservation) -> None:
         self._fleet = fleet
         self._submission = submission
         self._failed_replicas: frozenset[str] = frozenset()
@@ -157,6 +165,8 @@ class Flight:
         self._failed_at: float | None = None
         self._begun = False
         self._reset()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._places = reservation.take(submission.sequences, self._get_ready)
         self.task = self._loop.create_task(self._fly())
         self.task.add_done_callback(self._land)
 
@@ -174,17 +184,18 @@ class Flight:
         """The replica that runs this attempt, or was asked to and has yet to answer."""
         return self.replica or self._booking.replica
 
+    def _get_ready(self) -> None:
+        if not self._ready.done():  # cancelled, it is about to leave
+            self._ready.set_result(None)
+
     def _land(self, task: asyncio.Task[None]) -> None:
-        admission, sequences = self._fleet.admission, self._submission.sequences
-        if task.cancelled() and not self._begun:  # no engine has done its work, so it says nothing of their pace
-            admission.give_back(sequences)
-        else:
-            admission.leave(sequences)
+        self._places.leave(worked=self._begun or not task.cancelled())
 
     async def _fly(self) -> None:
         fleet, submission = self._fleet, self._submission
         outcome = "failed"
         try:
+            await self._ready
             await self._attempts()
             outcome = "finished"
         except asyncio.CancelledError:
@@ -204,14 +215,22 @@ class Flight:
         """Run the request until it is finished, through as many engine failures as it is allowed.
 
         Two bounds: attempts in a row that brought no token further, and failures in all. The first gives a long stream
-        as many lives as it needs; the second keeps a request that kills its engines from killing them all.
+        as many lives as it needs; the second keeps a request that kills its engines from killing them all. What no
+        engine has taken goes on waiting, where it did; how often it moves is bounded, for it may have been on its way.
         """
         fleet, submission = self._fleet, self._submission
-        failures = in_vain = 0
+        failures = in_vain = moves = 0
         while True:
             progress = submission.progress
             try:
                 return await self._attempt()
+            except _Untaken as failure:
+                moves += 1
+                logger.info("Request %s moves before any engine had it (%s)", submission.request_id, failure)
+                if moves >= fleet.config.max_engine_failures:
+                    raise EngineUnavailable(
+                        "No engine could be reached that would take this request.", retry_after_s=1
+                    ) from failure
             except EngineFailure as failure:
                 fleet.metrics.inc("fleet_engine_failures", model=fleet.model)
                 self._failed_at = self._failed_at or fleet.clock()
@@ -247,7 +266,7 @@ class Flight:
             fleet.ledger,
             self._booking,
             self._failed_replicas,
-            _BEGUN if self._submission.progress else self._submission.order,
+            (*(_BEGUN if self._submission.progress else self._submission.order), self._started),
             on_taken=partial(self._hear_taken, self.stream),
         )
         call = fleet.call(self._submission.encode(), fleet.exchange.channel.address, self.stream, ticket)
@@ -265,6 +284,8 @@ class Flight:
             if end is None:
                 raise EngineFailure("its call ended without a word")
             await self._settle(end)
+        except _Untaken:
+            raise
         except EngineFailure:
             self.replica = self.place
             raise
@@ -372,10 +393,9 @@ class Flight:
             self._fleet.exchange.channel.abort(self.replica, m.Abort(m.VERSION, self.stream, index))
 
     def lose(self, reason: str) -> None:
-        """The engine failed this attempt."""
+        """The engine failed this attempt, or can take it no more."""
         if not self._complete.done():
-            self.replica = self.place  # now, for Serve may find it another
-            self._complete.set_exception(EngineFailure(reason))
+            self._complete.set_exception(_Untaken(reason) if self.replica is None else EngineFailure(reason))
             self._complete.exception()  # retrieved: the attempt may have ended by itself
 
     def is_waiting_in(self, fleet: Fleet) -> bool:
@@ -493,8 +513,7 @@ class Fleet:
 
     def start(self, submission: Submission, reservation: Reservation) -> Flight:
         """Send a request on its way; its outputs and its failure reach `submission`."""
-        reservation.take(submission.sequences)
-        return Flight(self, submission)
+        return Flight(self, submission, reservation)
 
     def set_replicas(self, running: frozenset[str]) -> None:
         """Take over Serve's set of running replicas.

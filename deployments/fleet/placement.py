@@ -140,6 +140,7 @@ class Booking:
             if self.replica is not None:
                 self.prefilled()
                 self.ledger.account(self.replica).streams -= self.streams
+                self.ledger.tidy(self.replica)
                 self.replica = None
 
 
@@ -156,6 +157,11 @@ class Ledger:
 
     def account(self, replica: str) -> _Account:
         return self._accounts.setdefault(replica, _Account())
+
+    def tidy(self, replica: str) -> None:
+        """Drop an account that says nothing, as of a replica that was forgotten while something was booked there."""
+        if self._accounts.get(replica) == _Account():
+            del self._accounts[replica]
 
     def report(self, replica: str, *, running: int, waiting: int, kv_cache_usage: float, hung: bool = False) -> None:
         """Take over a heartbeat.
@@ -197,6 +203,11 @@ class Ledger:
             if ranked:
                 booking.move(ranked[0])
         return ranked
+
+    def fit(self, candidates: Iterable[str]) -> list[str]:
+        """Return those of `candidates` that may get anything."""
+        with self.lock:
+            return [c for c in candidates if c not in self._accounts or not self._accounts[c].unfit]
 
     def loads(self) -> dict[str, ReplicaLoad]:
         return {replica: account.load() for replica, account in self._accounts.items()}

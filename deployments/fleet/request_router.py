@@ -47,10 +47,15 @@ class FleetRequestRouter(FIFOMixin, RequestRouter):
     def _fulfill_next_pending_request(
         self, replica: RunningReplica, request_metadata: RequestMetadata | None = None
     ) -> None:
-        """Give the replica to the request whose turn it is: Serve takes the first, so that one becomes the first."""
+        """Give the replica to the request whose turn it is: Serve takes the first, so that one becomes the first.
+
+        It may have been ranked for another, so those that had better go elsewhere are passed over.
+        """
         pending = self._pending_requests_to_fulfill
         if len(pending) > 1:
-            _, first, request = min((_order(request), i, request) for i, request in enumerate(pending))
+            free = [each.replica_id.unique_id for each in self.select_available_replicas()]
+            id_ = replica.replica_id.unique_id
+            _, first, request = min((_order(request, id_, free), i, request) for i, request in enumerate(pending))
             if first:
                 del pending[first]
                 pending.appendleft(request)
@@ -86,10 +91,16 @@ class FleetRequestRouter(FIFOMixin, RequestRouter):
         self._unreachable.discard(replica_id)
 
 
-def _order(pending_request: PendingRequest) -> tuple[bool, tuple[float, float]]:
-    """Return what requests are ordered by. Those that are over come last; those that are no client's, first."""
-    ticket = _ticket(pending_request)
-    return pending_request.future.done(), (float("-inf"), 0.0) if ticket is None else ticket.order
+def _order(pending_request: PendingRequest, replica: str, free: list[str]) -> tuple[bool, bool, tuple[float, ...]]:
+    """Return what requests are ordered by, for a replica.
+
+    Those that are over come last, before them those that would rather go to another that is free; those that are no
+    client's, first.
+    """
+    ticket, over = _ticket(pending_request), pending_request.future.done()
+    if ticket is None:
+        return over, False, (float("-inf"),)
+    return over, not ticket.would_take(replica, free), ticket.order
 
 
 def _ticket(pending_request: PendingRequest | None) -> Ticket | None:

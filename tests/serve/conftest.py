@@ -25,6 +25,8 @@ from tests.serve import orders
 
 LIMIT_S = 90
 """Generous: tests are about what happens and in which order."""
+PREFIX = "/of/stubs"
+"""Where the API is, beside another application: the end-to-end tests have it at the root."""
 ROUTERS = 2
 MAX_QUEUED = 4
 ELASTIC_BATCH = 4
@@ -182,13 +184,14 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
     }
     application = {
         "name": "stubs",
-        "route_prefix": "/",
+        "route_prefix": PREFIX,
         "import_path": "tests.serve.stub_app:build",
         "args": {"app": {"models": models, "router": router}},
     }
-    file, config = folder / "config.yaml", {"applications": [application]}
+    other = {"name": "other", "route_prefix": "/", "import_path": "tests.serve.stub_app:at_the_root"}
+    file, config = folder / "config.yaml", {"applications": [application, other]}
     file.write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
         with serving(file, tmp_path_factory.mktemp("state")) as served:
-            yield Stubs(f"http://127.0.0.1:{served.port}", folder, config, served, key_file, key)
+            yield Stubs(f"http://127.0.0.1:{served.port}{PREFIX}", folder, config, served, key_file, key)

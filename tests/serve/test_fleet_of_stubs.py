@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,7 @@ import requests
 
 from tests.e2e.serving import wait_for
 from tests.serve import orders
-from tests.serve.conftest import ELASTIC_BATCH, LIMIT_S, MAX_QUEUED, ROUTERS, Stubs, bearer
+from tests.serve.conftest import ELASTIC_BATCH, LIMIT_S, MAX_QUEUED, PREFIX, ROUTERS, Stubs, bearer
 
 REQUESTS = 8
 """Enough that they do not all fall on one of two engines by chance."""
@@ -107,6 +108,19 @@ def test_all_models_are_listed_and_each_is_found(stubs: Stubs) -> None:
 
 def test_it_says_of_what_versions_it_is(stubs: Stubs) -> None:
     assert stubs.get("/version").json().keys() == {"version", "groundswell", "ray"}
+
+
+def test_all_is_below_the_route_prefix_and_the_page_too(stubs: Stubs) -> None:
+    def get(url: str) -> requests.Response:
+        return requests.get(url, headers=bearer(stubs.key), timeout=LIMIT_S)
+
+    page = get(stubs.url)
+    assert (page.status_code, page.url) == (200, f"{stubs.url}/")
+    (script,) = re.findall(r'src="(page/[^"]+)"', page.text)
+    assert get(page.url + script).status_code == 200
+    nowhere = get(f"{stubs.url}/nowhere")
+    assert (nowhere.status_code, nowhere.json()["error"]["message"]) == (404, "There is no /nowhere here.")
+    assert get(f"{stubs.url.removesuffix(PREFIX)}/v1/models").text == "elsewhere"
 
 
 def test_two_prompts_in_one_completion_are_both_answered(pair: Stubs) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deployments.errors import BadRequest, Overloaded
-from deployments.fleet.admission import Admission
+from deployments.fleet.admission import Admission, Places, Reservation
 
 
 class Clock:
@@ -80,17 +80,6 @@ def test_who_was_let_in_is_counted_before_it_starts() -> None:
     assert admission.in_flight == 0
 
 
-def test_a_request_that_was_let_in_is_let_in_whole() -> None:
-    admission = Admission(2, clock=Clock())
-    reservation = admission.reserve(1)
-    for _ in range(5):
-        reservation.take(1)
-    assert admission.in_flight == 5
-    reservation.release()
-    admission.leave(5)
-    assert admission.in_flight == 0
-
-
 def test_places_that_were_never_used_say_nothing_about_the_pace() -> None:
     clock = Clock()
     admission = Admission(1, clock=clock)
@@ -100,6 +89,110 @@ def test_places_that_were_never_used_say_nothing_about_the_pace() -> None:
     with pytest.raises(Overloaded) as refused:
         admission.check(1)
     assert refused.value.retry_after_s == 5
+
+
+class Bulk:
+    """A request of many prompts.
+
+    Attributes:
+        prompts: Their places, taken or waited for.
+    """
+
+    def __init__(self, reservation: Reservation, prompts: int, n: int = 1) -> None:
+        self.reservation = reservation
+        self.prompts = [reservation.take(n) for _ in range(prompts)]
+
+    @property
+    def running(self) -> list[Places]:
+        return [places for places in self.prompts if places.taken]
+
+    def finish_one(self) -> None:
+        first = self.running[0]
+        self.prompts.remove(first)
+        first.leave()
+
+
+def test_one_request_of_many_prompts_fills_free_engines_and_shuts_nobody_out() -> None:
+    admission = Admission(4, clock=Clock())
+    admission.capacity = 8
+    bulk = Bulk(admission.reserve(1), 2000)
+    assert (len(bulk.running), admission.in_flight) == (8, 8)
+    others = [admission.reserve(1).take(1) for _ in range(4)]
+    with pytest.raises(Overloaded):
+        admission.reserve(1)
+    for left in (7, 6, 5, 4, 4, 4):  # others go first, until none of them waits
+        bulk.finish_one()
+        assert len(bulk.running) == left
+    for places in others:
+        places.leave()
+    assert len(bulk.running) == 8
+    while bulk.prompts:
+        bulk.finish_one()
+    bulk.reservation.release()
+    assert (admission.in_flight, admission.growing) == (0, {})
+
+
+def test_a_request_that_was_let_in_goes_on_with_as_much_however_busy_engines_are() -> None:
+    admission = Admission(100, clock=Clock())
+    admission.capacity = 4
+    bulk = Bulk(admission.reserve(2), 5, n=2)
+    for _ in range(50):
+        admission.reserve(1).take(1)
+    assert len(bulk.running) == 2, "there was room for another when it came"
+    for _ in range(4):
+        bulk.finish_one()
+        assert len(bulk.running) == 1
+    bulk.finish_one()
+    assert admission.in_flight == 50
+
+
+def test_two_requests_of_many_prompts_share_what_is_free() -> None:
+    admission = Admission(4, clock=Clock())
+    admission.capacity = 8
+    first = Bulk(admission.reserve(1), 100)
+    second = Bulk(admission.reserve(1), 100)
+    assert (len(first.running), len(second.running)) == (8, 1)
+    for _ in range(20):
+        first.finish_one()
+        second.finish_one()
+    assert {len(first.running), len(second.running)} == {4}
+
+
+def test_a_key_has_its_even_share_for_many_prompts_too() -> None:
+    admission = Admission(100, clock=Clock())
+    admission.capacity = 8
+    for _ in range(50):
+        admission.reserve(1, "greedy").take(1)
+    bulk = Bulk(admission.reserve(1, "polite"), 100)
+    assert len(bulk.running) == 4
+    bulk.finish_one()
+    assert len(bulk.running) == 4
+    assert admission._held["polite"] == 4
+    bulk.reservation.release()
+    for places in reversed(bulk.prompts):
+        places.leave()
+    assert (admission._held, admission.in_flight) == ({"greedy": 50}, 50)
+
+
+def test_before_any_engine_is_there_only_what_was_let_in_is_held() -> None:
+    admission = Admission(8, clock=Clock())
+    bulks = [Bulk(admission.reserve(1, key), 10) for key in (None, "ann")]
+    assert admission.in_flight == 2
+    admission.capacity = 6
+    assert [len(bulk.running) for bulk in bulks] == [3, 3]
+
+
+def test_what_waits_and_is_given_up_leaves_nothing_behind() -> None:
+    admission = Admission(8, clock=Clock())
+    admission.capacity = 2
+    bulk = Bulk(admission.reserve(1), 10)
+    for places in bulk.prompts[2:]:
+        places.leave(worked=False)
+    assert (admission.in_flight, admission.growing) == (2, {})
+    for places in bulk.prompts[:2]:
+        places.leave()
+    bulk.reservation.release()
+    assert admission.in_flight == 0
 
 
 def busy(clock: Clock, *, max_wait_s: float, per_second: int, capacity: int = 16) -> Admission:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deployments import request_scope
-from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send, replay
+from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send, below_prefix, replay
 from tests.unit.recording import LIMIT_S
 
 pytestmark = pytest.mark.asyncio
@@ -265,3 +265,36 @@ async def test_a_mounted_app_gets_its_paths_and_reads_its_bodies_itself() -> Non
     assert app.bodies == [big, big]
     assert (await ask(dispatcher, path="/v1/filesystem"))[0] == 404
     assert counted == [("/v1/files", 200), ("/v1/files", 200), ("other", 404)]
+
+
+async def seen_below(root: str, path: str) -> tuple[str, str]:
+    """Return the `root_path` and the `path` that an app below a prefix is shown."""
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope)
+
+    async def nothing(*_: Any) -> Any: ...
+
+    scope: Scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": []}
+    await below_prefix(app)(scope, nothing, nothing)
+    assert scope["path"] == path, "it is Serve's"
+    return seen[0]["root_path"], seen[0]["path"]
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "below"),
+    [
+        ("", CHAT, CHAT),
+        ("/llm", f"/llm{CHAT}", CHAT),
+        ("/llm", "/llm/", "/"),
+        ("/llm", "/llm/llm/x", "/llm/x"),
+        ("/proxy/llm", "/proxy/llm/health", "/health"),
+    ],
+)
+async def test_below_a_prefix_an_app_sees_its_own_paths(root: str, path: str, below: str) -> None:
+    assert await seen_below(root, path) == ("", below)
+
+
+async def test_a_path_that_only_begins_like_the_prefix_is_not_below_it() -> None:
+    assert await seen_below("/llm", "/llms/health") == ("/llm", "/llms/health")

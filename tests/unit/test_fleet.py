@@ -315,7 +315,7 @@ async def test_the_prompt_weighs_until_the_first_delta_and_the_stream_until_the_
     call.deltas("b", "c", first=1)
     call.end(2)
     await landed(flight)
-    assert house.ledger.loads()[call.replica] == ReplicaLoad()
+    assert house.ledger.loads() == {}
 
 
 async def test_a_delta_may_overtake_what_serve_says(house: House) -> None:
@@ -775,6 +775,7 @@ async def test_a_ranking_after_the_first_delta_books_the_prompt_no_second_time(h
 
 async def test_a_request_that_a_silent_replica_has_not_answered_goes_elsewhere(house: House) -> None:
     submission = StubSubmission(wants=1)
+    house.fleet.set_replicas(frozenset(house.candidates))
     flight = house.start(submission)
     silent = await house.call()
     house.fleet.lose_replica(silent.replica, "it is silent")
@@ -782,6 +783,51 @@ async def test_a_request_that_a_silent_replica_has_not_answered_goes_elsewhere(h
     await landed(flight)
     assert (silent.cancelled, submission.error) == (True, None)
     assert again.replica != silent.replica
+
+
+async def test_a_request_that_only_waits_outlives_all_replicas_it_was_to_go_to(house: House) -> None:
+    """Serve has it in its queue, and it is booked where it would go next."""
+    house.candidates = [f"e{i}" for i in range(CONFIG.max_attempts + 2)]
+    house.fleet.set_replicas(frozenset(house.candidates))
+    submission = StubSubmission(wants=1)
+    flight = house.start(submission)
+    for number in range(1, len(house.candidates)):
+        call = await house.call(number)
+        house.clock.now += 1
+        house.fleet.lose_replica(call.replica, "it is silent")
+    call = await house.finish(len(house.candidates), "a")
+    await landed(flight)
+    assert (submission.outputs, submission.error) == (["a"], None)
+    assert failures(house) == 0
+    assert flight._failed_replicas == frozenset(), "they had no part in it"
+    assert len({call.replica for call in house.calls}) == len(house.candidates)
+
+
+async def test_a_request_that_waits_again_waits_where_it_was(house: House) -> None:
+    house.fleet.set_replicas(frozenset(house.candidates))
+    first, later = house.start(StubSubmission()), StubSubmission()
+    call = await house.call()
+    house.clock.now += 1
+    second = house.start(later)
+    behind = await house.call(2)
+    house.fleet.lose_replica(call.replica, "it is silent")
+    again = await house.call(3)
+    assert call.order == again.order < behind.order
+    for each in (again, behind):
+        each.accept()
+        each.deltas("a", "b", "c")
+        each.end(2)
+    await landed(first, second)
+
+
+async def test_a_request_that_silences_whatever_it_is_sent_to_is_given_up(house: House) -> None:
+    submission = StubSubmission()
+    flight = house.start(submission)
+    for number in range(1, CONFIG.max_engine_failures + 1):
+        house.fleet.lose_replica((await house.call(number)).replica, "it is silent")
+    await landed(flight)
+    assert isinstance(submission.error, EngineUnavailable)
+    assert len(house.calls) == CONFIG.max_engine_failures
 
 
 async def test_a_replica_that_steps_again_gets_requests_again(house: House) -> None:
@@ -871,14 +917,14 @@ async def test_a_call_that_is_over_holds_nothing_of_its_request(house: House) ->
     assert house.booked() == []
 
 
-async def test_a_replica_that_failed_is_blamed_though_serve_tries_another_at_that_moment(house: House) -> None:
+async def test_a_request_that_is_lost_stays_so_though_serve_finds_it_a_replica_at_that_moment(house: House) -> None:
+    house.fleet.set_replicas(frozenset(house.candidates))
     flight = house.start(StubSubmission())
     call = await house.call()
     house.fleet.lose_replica(call.replica, "it is silent")
     call.ticket.taken(next(c for c in house.candidates if c != call.replica))
     again = await house.finish(2, "a", "b", "c")
     await landed(flight)
-    assert flight._failed_replicas == {call.replica}
     assert again.replica != call.replica
 
 
@@ -907,6 +953,31 @@ async def test_every_sequence_of_a_request_takes_a_place(house: House) -> None:
     call.end(2)
     await landed(flight)
     house.fleet.admit(8).release()
+
+
+async def test_prompts_of_one_request_beyond_what_engines_take_wait_for_those_before(house: House) -> None:
+    reservation = house.fleet.admit(1)
+    submissions = [StubSubmission(wants=1) for _ in range(3)]
+    house.flights += [house.fleet.start(submission, reservation) for submission in submissions]
+    for number in (1, 2, 3):
+        await house.call(number)
+        assert (len(house.calls), house.fleet.admission.in_flight) == (number, 1)
+        await house.finish(number, "a")
+        await landed(house.flights[number - 1])
+    reservation.release()
+    assert [submission.outputs for submission in submissions] == [["a"]] * 3
+
+
+async def test_a_client_may_hang_up_while_prompts_of_its_request_wait(house: House) -> None:
+    reservation = house.fleet.admit(1)
+    house.flights += [house.fleet.start(StubSubmission(), reservation) for _ in range(3)]
+    await house.call()
+    for flight in house.flights:
+        flight.close()
+    reservation.release()
+    await landed(*house.flights)
+    assert len(house.calls) == 1
+    assert house.outcomes() == {"cancelled": 3}
 
 
 # Over the wire.

@@ -109,6 +109,7 @@ async def test_anthropics_clients_hear_in_their_shape_that_there_is_no_key() -> 
     status, body, _ = await House().ask(None, "/v1/messages", "POST")
     answer = json.loads(body)
     assert (status, answer["type"], set(answer["error"])) == (401, "error", {"type", "message"})
+    assert answer["error"]["type"] == "authentication_error"
 
 
 @pytest.mark.parametrize("path", PATHS)

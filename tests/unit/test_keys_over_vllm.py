@@ -14,7 +14,9 @@ pytest.importorskip("vllm")
 
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyEntry, Keys, hash_of
+from deployments.config import AppConfig
 from deployments.dispatch import App, Dispatcher
+from deployments.router import Router
 from tests.unit.recording import LIMIT_S, Clock, Recorder
 from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
 
@@ -138,3 +140,16 @@ async def test_openais_and_anthropics_clients_find_their_errors(house: House) ->
     assert (await good.messages.create(**QUESTION, max_tokens=5)).content  # type: ignore[call-overload]
     await http.aclose()
     await http2.aclose()
+
+
+@pytest.mark.parametrize("keys", [None, f"ann:{hash_of(KEY)}"])
+async def test_a_router_says_so_where_keys_leave_allowed_origins_without_effect(
+    keys: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    monkeypatch.delenv("GROUNDSWELL_API_KEYS", raising=False)
+    if keys is not None:
+        monkeypatch.setenv("GROUNDSWELL_API_KEYS", keys)
+    model = {"name": "m", "engine_args": {"model": "./m"}, "frontend_args": {"allowed_origins": ["https://a.example"]}}
+    Router(AppConfig.parse({"models": [model]}), {})
+    assert ("allowed_origins" in caplog.text) == bool(keys)

@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyEntry, Keys, hash_of
-from deployments.dispatch import Dispatcher
+from deployments.dispatch import Dispatcher, below_prefix
 from deployments.web.page import PREFIX, Page
 from tests.unit.recording import Recorder
 
@@ -26,8 +26,8 @@ MOST_BYTES = 300_000
 OURS = [path for path in STATIC.iterdir() if path.is_file()]
 
 
-def served(page: Page, *, keys: bool = False) -> httpx.AsyncClient:
-    """Return a client of the page behind dispatcher and gate, as a Router puts them together."""
+def served(page: Page, *, keys: bool = False, root_path: str = "") -> httpx.AsyncClient:
+    """Return a client of the page behind dispatcher and gate, as a Router puts them together, below `root_path`."""
 
     async def data() -> tuple[int, str, bytes]:
         return 200, "application/json", b"{}"
@@ -50,7 +50,8 @@ def served(page: Page, *, keys: bool = False) -> httpx.AsyncClient:
         metrics=Recorder(),
         open_pages=page.paths,
     )
-    return httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://test")
+    transport = httpx.ASGITransport(below_prefix(gate), root_path=root_path)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,19 @@ async def test_the_page_and_every_file_it_names_are_served(http: httpx.AsyncClie
         answer = await http.get(f"/{name}")
         assert answer.status_code == 200, name
         assert answer.headers["content-type"] != "text/html; charset=utf-8"
+
+
+@pytest.mark.asyncio
+async def test_below_a_prefix_it_needs_its_slash_and_finds_all_it_names(page: Page) -> None:
+    async with served(page, keys=True, root_path="/of/us") as http:
+        bare = await http.get("/of/us")
+        assert (bare.status_code, bare.headers["location"]) == (307, "us/")
+        answer = await http.get("/of/us", follow_redirects=True)
+        assert (answer.status_code, str(answer.url)) == (200, "http://test/of/us/")
+        for name in re.findall(rb'(?:href|src)="(page/[^"]+)"', answer.content):
+            assert (await http.get(answer.url.join(name.decode()))).status_code == 200
+        assert (await http.get("/of/us/fleet")).status_code == 401
+        assert (await http.get("/of/us/health")).status_code == 200
 
 
 @pytest.mark.asyncio

@@ -69,7 +69,8 @@ async def test_a_full_router_says_so_before_any_stream_and_when_to_come_back(
             answer = await house.ask(path, stream=stream)
             assert (answer.status_code, answer.headers["retry-after"]) == (429, "7"), path
             assert said(answer) == "It is full."
-            assert answer.json()["error"]["type"] == "overloaded_error"
+            kind = "rate_limit_error" if path == "/v1/messages" else "overloaded_error"
+            assert answer.json()["error"]["type"] == kind
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "a refusal is no error of ours"
 
 
@@ -115,7 +116,7 @@ async def test_a_stream_that_fails_ends_in_an_event_that_says_why(house: House, 
     if path == "/v1/responses":
         assert (said["type"], said["code"]) == ("error", "engine_unavailable")
     elif path == "/v1/messages":
-        assert said["type"] == "error"
+        assert (said["type"], said["error"]["type"]) == ("error", "overloaded_error")
     else:
         plain = await house.ask(path, **({"prompt": "one"} if path == "/v1/completions" else {}))
         assert said == plain.json()
@@ -132,6 +133,8 @@ async def test_a_stream_that_fails_by_what_nobody_foresaw_says_no_more_than_that
     monkeypatch.setattr(StubFlight, "_logprobs", breaks)
     said = await last_event(house, path)
     assert said.get("error", said)["message"] == "The server had an internal error."
+    if path == "/v1/messages":
+        assert said["error"]["type"] == "api_error"
 
 
 async def test_vllms_own_refusals_keep_their_words(house: House) -> None:
@@ -141,6 +144,32 @@ async def test_vllms_own_refusals_keep_their_words(house: House) -> None:
         answer = await house.ask(path, **{field: asked})
         assert answer.status_code == 400
         assert "2048" in said(answer)
+
+
+async def test_what_vllm_refuses_has_a_type_that_anthropics_clients_know(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "one two three " * 2000}]},
+        {"messages": "Hello"},
+        {"max_tokens": -1},
+        {"model": 7},
+    ]
+    for body in wrong:
+        answer = await house.ask("/v1/messages", **body)
+        assert (answer.status_code, said(answer) != "") == (400, True)
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    answer = await house.ask("/v1/messages/count_tokens", messages="Hello")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    answer = await house.http.post("/v1/messages", content=b"{}", headers={"content-type": "text/plain"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+    def refuses(flight: StubFlight, said: list[int]) -> None:
+        if flight._submission.progress >= 2:
+            flight._submission._queue.put(ValueError("not so"))
+
+    monkeypatch.setattr(StubFlight, "_logprobs", refuses)
+    assert (await last_event(house, "/v1/messages"))["error"] == {"type": "invalid_request_error", "message": "not so"}
 
 
 async def test_anthropics_messages_are_answered_streaming_or_not(house: House) -> None:

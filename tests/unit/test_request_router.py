@@ -65,9 +65,9 @@ def call_with(ticket: Ticket) -> PendingRequest:
     return PendingRequest([ticket], {}, RequestMetadata(request_id="r", internal_request_id="i"))
 
 
-async def choose(router: FleetRequestRouter, order: tuple[int, float] = (0, 0.0)) -> str:
+async def choose(router: FleetRequestRouter, order: tuple[int, float] = (0, 0.0), *avoid: str) -> str:
     ledger = Ledger(rng=random.Random(0))
-    ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), order)
+    ticket = Ticket(ledger, ledger.book(10, 1), frozenset(avoid), order)
     replica = await asyncio.wait_for(router._choose_replica_for_request(call_with(ticket)), LIMIT_S)
     return replica.replica_id.unique_id
 
@@ -131,6 +131,39 @@ async def test_those_that_wait_for_an_engine_get_it_in_their_order_and_else_as_t
         router._fulfill_next_pending_request(replica)  # type: ignore[arg-type]
         await until(lambda count=count: len(served) >= count)
     assert served == ["urgent", "greedy 1", "polite", "same", "greedy 2"]
+    await asyncio.gather(*waiting)
+
+
+@pytest.mark.asyncio
+async def test_a_request_is_not_given_the_replica_that_failed_it_because_another_was_to_go_there() -> None:
+    failed, other = FakeReplica("a", ongoing=ROOM), FakeReplica("b", ongoing=ROOM)
+    router = await router_of(failed, other)
+    for replica in (failed, other):
+        router.on_new_queue_len_info(replica.replica_id, ROOM)
+    waiting = [asyncio.create_task(choose(router, (0, 1.0), "a")), asyncio.create_task(choose(router, (0, 2.0)))]
+    while router.num_pending_requests < len(waiting):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    for replica in (failed, other):
+        router.on_new_queue_len_info(replica.replica_id, 0)
+    router._fulfill_next_pending_request(failed)  # type: ignore[arg-type]
+    router._fulfill_next_pending_request(other)  # type: ignore[arg-type]
+    assert await asyncio.gather(*waiting) == ["b", "a"]
+
+
+@pytest.mark.asyncio
+async def test_the_replica_that_failed_a_request_is_better_than_waiting_behind_all_others() -> None:
+    failed, full = FakeReplica("a", ongoing=ROOM), FakeReplica("b", ongoing=ROOM)
+    router = await router_of(failed, full)
+    for replica in (failed, full):
+        router.on_new_queue_len_info(replica.replica_id, ROOM)
+    waiting = [asyncio.create_task(choose(router, (0, 1.0), "a")), asyncio.create_task(choose(router, (0, 2.0)))]
+    while router.num_pending_requests < len(waiting):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    router.on_new_queue_len_info(failed.replica_id, 0)
+    router._fulfill_next_pending_request(failed)  # type: ignore[arg-type]
+    router._fulfill_next_pending_request(failed)  # type: ignore[arg-type]
+    done, _ = await asyncio.wait(waiting[:1], timeout=LIMIT_S)
+    assert done and await waiting[0] == "a"
     await asyncio.gather(*waiting)
 
 

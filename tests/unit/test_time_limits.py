@@ -164,6 +164,34 @@ async def test_a_client_that_does_not_read_is_cut_off() -> None:
     assert (app.ended, counted) == ("cancelled", [(PATHS[0], 499)])
 
 
+@pytest.mark.parametrize("breaks", [False, True], ids=["a deadline", "an error"])
+async def test_a_client_that_does_not_read_is_cut_off_also_when_its_last_words_wait(
+    monkeypatch: pytest.MonkeyPatch, breaks: bool
+) -> None:
+    leaps = Leaps(monkeypatch)
+    body = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True}
+    app = StubApp({"type": "http.response.start", "status": 200, "headers": SSE}, body)
+    waits = asyncio.Event()
+
+    async def send(message: Message) -> None:
+        if b"error" in message.get("body", b""):
+            waits.set()
+            await asyncio.Event().wait()
+        if breaks and message is body:
+            raise RuntimeError
+
+    counted: list[tuple[str, int]] = []
+    limits = {"max_unread_s": 300} | ({} if breaks else {"request_timeout_s": 0.05})
+    asked = asyncio.create_task(ask(app, send=send, counted=counted, limit_s=10_000, **limits))
+    async with asyncio.timeout(LIMIT_S):
+        await waits.wait()
+    assert counted == []
+    await leaps.over(400)
+    async with asyncio.timeout(LIMIT_S):
+        await asked
+    assert counted == [(PATHS[0], 499)]
+
+
 async def test_a_client_that_does_not_read_its_socket_is_cut_off() -> None:
     """By uvicorn, which Serve's replicas use: its `send` waits while the client's buffers are full."""
     endless = {"type": "http.response.body", "body": b"x" * 2**16, "more_body": True}
