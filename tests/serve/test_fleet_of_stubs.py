@@ -141,7 +141,7 @@ def test_a_client_that_hangs_up_frees_its_place_in_the_engine(pair: Stubs) -> No
 def test_a_client_of_a_plain_answer_that_hangs_up_frees_its_place(pair: Stubs) -> None:
     client = http.client.HTTPConnection(urlsplit(pair.url).netloc, timeout=LIMIT_S)
     body = json.dumps({"model": "pair", "prompt": "one", "max_tokens": 4000})
-    client.request("POST", "/v1/completions", body, {"content-type": "application/json", **bearer(pair.key)})
+    client.request("POST", f"{PREFIX}/v1/completions", body, {"content-type": "application/json", **bearer(pair.key)})
     wait_for(lambda: pair.running("pair") == 1, "an engine has it")
     client.close()
     wait_for(lambda: pair.running("pair") == 0, "the engine has dropped it", limit_s=20)
