@@ -36,7 +36,10 @@ class FleetConfig(_Frozen):
         3, ge=1, description="How often in a row one request may be placed without getting a token further."
     )
     max_engine_failures: int = Field(
-        10, ge=1, description="How many engine failures one request may meet in all, however far it gets between them."
+        10,
+        ge=1,
+        description="How many engine failures one request may meet in all, however far it gets between them; and how "
+        "often in a row it may lose its place before any engine had it.",
     )
     retry_delay_s: float = Field(1.0, ge=0, description="Before a request is placed for the third time in a row.")
     connect_timeout_s: float = Field(10.0, gt=0, description="An engine gives up on a Router it cannot reach.")

@@ -298,7 +298,8 @@ def below_prefix(app: App) -> App:
     async def below(scope: Scope, receive: Receive, send: Send) -> None:
         root, path = scope.get("root_path", ""), scope.get("path", "")
         if root and path == root and scope["type"] == "http":
-            return await _respond(send, 307, b"", headers={"location": quote(path.rpartition("/")[2]) + "/"})
+            query = f"?{asked.decode('latin-1')}" if (asked := scope.get("query_string")) else ""
+            return await _respond(send, 307, b"", headers={"location": f"{quote(path.rpartition('/')[2])}/{query}"})
         if root and path.startswith(root + "/"):
             scope = {**scope, "root_path": "", "path": path[len(root) :]}
         await app(scope, receive, send)

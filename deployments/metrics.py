@@ -41,6 +41,9 @@ METRICS: Final[Mapping[str, Metric]] = {
     "fleet_request_seconds": Metric("histogram", "From taking a request to its end.", ("model",)),
     "fleet_time_to_first_token_seconds": Metric("histogram", "From taking a request to its first delta.", ("model",)),
     "fleet_requests_in_flight": Metric("gauge", "Sequences this Router holds.", ("model",)),
+    "fleet_held_back_sequences": Metric(
+        "gauge", "Sequences of requests of many that wait for their turn, uncounted.", ("model",)
+    ),
     "fleet_known_replicas": Metric("gauge", "Engine replicas that have joined this Router.", ("model",)),
     "channel_connected_engines": Metric("gauge", "Engine replicas connected to this Router's token channel."),
     "channel_connected_routers": Metric("gauge", "Routers this engine replica is connected to."),

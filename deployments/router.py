@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any, cast
 
-from deployments import grpc_wakeups, request_scope
+from deployments import grpc_wakeups, outline, request_scope
 from deployments import messages as m
 from deployments.access.fair_share import FairShare
 from deployments.access.gate import Gate
@@ -76,7 +76,7 @@ class Router:
         self._keys = key_ring(config.router, os.environ)
         if self._keys is None:
             logger.warning("There are no API keys: whoever reaches the HTTP port may use it")
-        elif any("allowed_origins" in model.engine_args | model.frontend_args for model in config.models):
+        elif any("allowed_origins" in outline.options(model) for model in config.models):
             logger.warning("`allowed_origins` lets no page in: a browser asks first, without a key, and hears 401")
 
     async def __serve_build_asgi_app__(self) -> App:
@@ -243,6 +243,7 @@ class Router:
             for model in self._models:
                 fleet = model.fleet
                 self._metrics.set("fleet_requests_in_flight", fleet.admission.in_flight, model=fleet.model)
+                self._metrics.set("fleet_held_back_sequences", fleet.admission.waiting, model=fleet.model)
                 self._metrics.set("fleet_known_replicas", len(fleet.replicas), model=fleet.model)
 
 
@@ -309,8 +310,11 @@ class _ServeCalls:
             description: m.EngineDescription = await self._handle.join.remote(channel)
         except BackPressureError:
             raise _too_many() from None
-        except (RayError, RayServeException) as error:
-            logger.warning("A replica of %s that was waited for did not join: %s", self._handle.deployment_name, error)
+        except (RayError, RayServeException, asyncio.CancelledError) as error:
+            current = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
+                raise  # who asked has left
+            logger.warning("A replica of %s that was waited for did not join: %r", self._handle.deployment_name, error)
             raise EngineUnavailable(
                 "The engine that was to start for this request failed.", retry_after_s=_JOIN_RETRY_S
             ) from error

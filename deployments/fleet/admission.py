@@ -25,7 +25,8 @@ class Admission:
     one for each key.
 
     A request may turn out to be more than it was let in with: a completion of many prompts, many texts to embed. What
-    it is beyond that starts while engines are free, or within its key's even share, and until then waits uncounted.
+    it is beyond that starts while engines are free or have little to draw from, or within its key's even share, and
+    until then waits uncounted.
 
     Args:
         max_queued: Sequences held beyond the capacity of the running engines.
@@ -59,6 +60,11 @@ class Admission:
         self._finished = deque(self._finished, maxlen=max(_WINDOW, 2 * sequences))
         self.start_waiting()
 
+    @property
+    def waiting(self) -> int:
+        """Sequences of requests that were let in which wait for their turn."""
+        return sum(each.waiting for each in self.growing)
+
     def check(self, n: int, key: str | None = None) -> None:
         """Raise unless `n` more sequences may start, of this key where there are keys.
 
@@ -78,8 +84,9 @@ class Admission:
                 retry_after_s=_bounded(self._wait(self.in_flight + n - limit)),
             )
         queued = self.in_flight + n - self._capacity
-        # A few always wait in each engine, so that it has something to draw from.
-        if self._capacity and queued > max(4, self._capacity // 8):
+        # A few always wait in each engine, so that it has something to draw from: others beside those of one request.
+        few = max(4, self._capacity // 8) + (self._drawn_from if self.growing else 0)
+        if self._capacity and queued > few:
             wait_s = self._wait(queued)
             if wait_s is not None and wait_s > self._max_wait_s:
                 raise Overloaded(
@@ -112,14 +119,20 @@ class Admission:
         """Whether a key has its even share of what engines work on with `n` more at most."""
         return key is not None and bool(self._capacity) and self._held.get(key, 0) + n <= self._even_share(key)
 
-    def start_waiting(self, changed: Reservation | None = None) -> None:
-        """Start what may start: what a request is entitled to that has changed, and on free engines the rest.
+    @property
+    def _drawn_from(self) -> int:
+        """Sequences of requests of many that engines have beyond what they work on: one that ends leaves no gap."""
+        return self._capacity // 8
 
-        There it is the turn of the request that has the least running.
+    def start_waiting(self, changed: Reservation | None = None) -> None:
+        """Start what may start: what `changed` is entitled to, and on free engines the rest.
+
+        There it is the turn of the request that has the least running. What else has become entitled, because others
+        have left, starts when something of its own request ends: something of it always runs.
         """
         while changed is not None and changed.is_entitled:
             changed.start_next()
-        while self.growing and self.in_flight < self._capacity:
+        while self.growing and self.in_flight < self._capacity + self._drawn_from:
             min(self.growing, key=lambda each: each.running).start_next()
 
     def enter(self, n: int) -> None:
@@ -193,6 +206,11 @@ class Reservation:
         self._admission, self._n, self._key = admission, n, key
         self._left, self.running = n, 0
         self._waiting: deque[Places] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for their turn."""
+        return sum(places.n for places in self._waiting)
 
     @property
     def is_entitled(self) -> bool:

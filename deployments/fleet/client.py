@@ -239,6 +239,7 @@ class Flight:
                     "Request %s: attempt %d at %s failed after %d tokens (%s)",
                     *(submission.request_id, failures, self.replica, submission.progress, failure),
                 )
+                moves = 0
                 how = submission.recover()
                 in_vain = 0 if submission.progress > progress else in_vain + 1
                 if how == "finished":
@@ -535,8 +536,8 @@ class Fleet:
 
     @property
     def waiting(self) -> int:
-        """Attempts of this Router that no engine has taken yet."""
-        return sum(flight.is_waiting_in(self) for flight in self.exchange.flights.values())
+        """What no engine has taken yet: attempts, and sequences whose turn to become one has not come."""
+        return sum(flight.is_waiting_in(self) for flight in self.exchange.flights.values()) + self.admission.waiting
 
     @property
     def missing(self) -> frozenset[str]:

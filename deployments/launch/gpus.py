@@ -7,23 +7,27 @@ nothing would be served meanwhile.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from deployments.launch.preflight import OUR_APP, CannotStart
 from deployments.outline import gpus_per_engine, outline
 
+_ROUNDING: Final = 1e-4  # Ray's own
+
 
 @dataclass
 class _Engines:
-    """Of one model: `deployment` is its mapping in the config, `gpus` what each takes, `count` how many start."""
+    """Of one model: its `deployment` in the config, what each engine takes, how many are to start, how many do."""
 
     name: str
     deployment: dict[str, Any]
     gpus: float
+    wanted: int
     count: int
 
 
@@ -39,27 +43,48 @@ def fit(content: Mapping[str, Any], gpus: float, *, gpu_build: bool) -> tuple[di
         The config, with fewer engines where it has to be, and a sentence on each model that gets fewer.
 
     Raises:
-        CannotStart: One engine of each model is more than there are GPUs for.
+        CannotStart: There are not GPUs enough for one engine of each model that starts with any, or not for any of one.
     """
     fitted = copy.deepcopy(dict(content))
     models = [model for application in fitted["applications"] for model in _engines(application, gpu_build)]
-    wanted = {id(model): model.count for model in models}
-    while (need := sum(model.gpus * model.count for model in models)) > gpus:
-        most = max((model for model in models if model.gpus), key=lambda model: model.count)
-        if most.count <= 1:
+    for model in models:
+        if model.gpus > gpus + _ROUNDING:
+            raise CannotStart(f"An engine of {model.name} takes {_gpus(model.gpus)}, and {gpus:g} can be seen here.")
+    while not _have_room(models, int(gpus)):
+        reducible = [model for model in models if model.gpus and model.count > 1]
+        if not reducible:
+            need = sum(model.gpus * model.count for model in models)
             raise CannotStart(
-                f"The models need {need:g} GPU{'s'[: need != 1]} with one engine each, and {gpus:g} can be seen here: "
-                "serve fewer, or let engines share one with a fraction as `ray_actor_options.num_gpus`."
+                f"The models need {_gpus(need)} with one engine each, and {gpus:g} can be seen here: serve fewer, or "
+                "let engines share one with a fraction as `ray_actor_options.num_gpus`."
             )
-        most.count -= 1
-    fewer = [model for model in models if model.count < wanted[id(model)]]
+        max(reducible, key=lambda model: model.gpus * model.count).count -= 1
+    fewer = [model for model in models if model.count < model.wanted]
     for model in fewer:
         _set_count(model.deployment, model.count)
     return fitted, tuple(
-        f"{gpus:g} GPU{'s'[: gpus != 1]} here: {model.name} starts with {model.count} "
-        f"engine{'s'[: model.count != 1]}, not {wanted[id(model)]}"
+        f"{_gpus(gpus)} here: {model.name} starts with {model.count} engine{'s'[: model.count != 1]}, "
+        f"not {model.wanted}"
         for model in fewer
     )
+
+
+def _gpus(number: float) -> str:
+    return f"{number:g} GPU{'s'[: number != 1]}"
+
+
+def _have_room(models: Sequence[_Engines], gpus: int) -> bool:
+    """Whether all engines find GPUs: whole ones to themselves, or their share of one, the largest first."""
+    free = [1.0] * gpus
+    for model in sorted(models, key=lambda model: model.gpus, reverse=True):
+        for _ in range(model.count if model.gpus else 0):
+            share = min(1.0, model.gpus)
+            found = [i for i, left in enumerate(free) if left >= share - _ROUNDING][: math.ceil(model.gpus)]
+            if len(found) < math.ceil(model.gpus):
+                return False
+            for i in found:
+                free[i] -= share
+    return True
 
 
 def _engines(application: dict[str, Any], gpu_build: bool) -> list[_Engines]:
@@ -75,7 +100,8 @@ def _engines(application: dict[str, Any], gpu_build: bool) -> list[_Engines]:
         except ConfigError as error:
             raise CannotStart(f"The config cannot be served: {error}.") from None
         need = gpus_per_engine(model, known, gpu=gpu_build)
-        found.append(_Engines(model.name, deployment, need, _count(deployment)))
+        count = _count(deployment)
+        found.append(_Engines(model.name, deployment, need, wanted=count, count=count))
     return found
 
 

@@ -271,6 +271,8 @@ def available_bytes() -> int:
 
 
 def _statistic(file: Path, name: str) -> int:
+    if not file.exists():
+        return 0
     lines = (line.split() for line in file.read_text().splitlines())
     return next((int(value) for key, value in lines if key == name), 0)
 

@@ -116,20 +116,21 @@ def test_one_request_of_many_prompts_fills_free_engines_and_shuts_nobody_out() -
     admission = Admission(4, clock=Clock())
     admission.capacity = 8
     bulk = Bulk(admission.reserve(1), 2000)
-    assert (len(bulk.running), admission.in_flight) == (8, 8)
-    others = [admission.reserve(1).take(1) for _ in range(4)]
+    assert (len(bulk.running), admission.in_flight) == (9, 9), "engines have one to draw from when another ends"
+    assert admission.waiting == 1991
+    others = [admission.reserve(1).take(1) for _ in range(3)]
     with pytest.raises(Overloaded):
         admission.reserve(1)
-    for left in (7, 6, 5, 4, 4, 4):  # others go first, until none of them waits
+    for left in (8, 7, 6, 6, 6):  # others go first, until none of them waits
         bulk.finish_one()
         assert len(bulk.running) == left
     for places in others:
         places.leave()
-    assert len(bulk.running) == 8
+    assert len(bulk.running) == 9
     while bulk.prompts:
         bulk.finish_one()
     bulk.reservation.release()
-    assert (admission.in_flight, admission.growing) == (0, {})
+    assert (admission.in_flight, admission.waiting, admission.growing) == (0, 0, {})
 
 
 def test_a_request_that_was_let_in_goes_on_with_as_much_however_busy_engines_are() -> None:
@@ -146,16 +147,29 @@ def test_a_request_that_was_let_in_goes_on_with_as_much_however_busy_engines_are
     assert admission.in_flight == 50
 
 
+def test_beside_a_request_of_many_prompts_a_few_may_always_wait_whatever_the_pace() -> None:
+    clock = Clock()
+    admission = busy(clock, max_wait_s=0.1, per_second=16)
+    for _ in range(16):
+        admission.leave(1)
+    Bulk(admission.reserve(1), 100)
+    assert admission.in_flight == 18
+    for _ in range(4):
+        admission.reserve(1)
+    with pytest.raises(Overloaded):
+        admission.reserve(1)
+
+
 def test_two_requests_of_many_prompts_share_what_is_free() -> None:
     admission = Admission(4, clock=Clock())
     admission.capacity = 8
     first = Bulk(admission.reserve(1), 100)
     second = Bulk(admission.reserve(1), 100)
-    assert (len(first.running), len(second.running)) == (8, 1)
+    assert (len(first.running), len(second.running)) == (9, 1)
     for _ in range(20):
         first.finish_one()
         second.finish_one()
-    assert {len(first.running), len(second.running)} == {4}
+    assert {len(first.running), len(second.running)} == {4, 5}
 
 
 def test_a_key_has_its_even_share_for_many_prompts_too() -> None:

@@ -42,7 +42,7 @@ def test_engines_beyond_the_gpus_do_not_start_and_it_is_said() -> None:
         (1, {"num_replicas": 2, **FRACTION}, True),
         (0, {"num_replicas": 2}, False),
         (1, {"autoscaling_config": {"min_replicas": 1, "max_replicas": 8}}, True),
-        (0, {"autoscaling_config": {"min_replicas": 0, "max_replicas": 8}}, True),
+        (1, {"autoscaling_config": {"min_replicas": 0, "max_replicas": 8}}, True),
         (1, {}, True),
     ],
 )
@@ -50,7 +50,7 @@ def test_what_fits_stays_as_it_is(here: float, deployment: dict[str, Any], gpu_b
     assert fit(here, {"deployment": deployment}, gpu_build=gpu_build) == ([deployment], ())
 
 
-def test_the_model_with_the_most_engines_gives_first() -> None:
+def test_models_give_way_until_all_fit() -> None:
     deployments, sentences = fit(3, {"deployment": {"num_replicas": 4}}, {}, {"deployment": {"num_replicas": 2}})
     assert [deployment.get("num_replicas") for deployment in deployments] == [1, None, 1]
     assert len(sentences) == 2
@@ -62,22 +62,50 @@ def test_engines_that_scale_start_with_fewer_and_may_become_as_many() -> None:
     assert deployments == [{"autoscaling_config": {"min_replicas": 1, "initial_replicas": 1, "max_replicas": 8}}]
 
 
+FROM_ZERO = {"autoscaling_config": {"min_replicas": 0, "max_replicas": 1}}
+
+
 @pytest.mark.parametrize(
     ("here", "model", "need"),
     [
         (1, {"engine_args": {"model": "./m", "tensor_parallel_size": 2}}, "2 GPUs"),
-        (0, {}, "1 GPU "),
-        (0, {"deployment": {"ray_actor_options": {"num_gpus": 0.5}}}, "0.5 GPUs"),
+        (1, {"engine_args": {"model": "./m", "tensor_parallel_size": 2}, "deployment": FROM_ZERO}, "2 GPUs"),
+        (0, {}, "1 GPU"),
+        (0, {"deployment": FROM_ZERO}, "1 GPU"),
+        (0, {"deployment": FRACTION}, "0.5 GPUs"),
     ],
 )
 def test_where_not_even_one_engine_fits_the_start_says_so(here: float, model: dict[str, Any], need: str) -> None:
-    with pytest.raises(CannotStart, match=f"The models need {need}.*{here} can be seen here"):
+    with pytest.raises(CannotStart, match=f"An engine of m0 takes {need}, and {here} can be seen here"):
         fit(here, model)
 
 
+def test_where_not_all_models_fit_the_start_says_so() -> None:
+    with pytest.raises(CannotStart, match="need 2 GPUs with one engine each, and 1 can be seen here"):
+        fit(1, {"deployment": {"num_replicas": 2}}, {})
+
+
 def test_a_gpu_asked_for_by_name_is_missed_with_the_cpu_build_too() -> None:
-    with pytest.raises(CannotStart, match="need 1 GPU "):
+    with pytest.raises(CannotStart, match="takes 1 GPU, and 0"):
         fit(0, {"deployment": {"ray_actor_options": {"num_gpus": 1}}}, gpu_build=False)
+
+
+def share(gpus: float, replicas: int) -> dict[str, Any]:
+    return {"deployment": {"num_replicas": replicas, "ray_actor_options": {"num_gpus": gpus}}}
+
+
+def counts(here: float, *models: dict[str, Any]) -> list[int]:
+    return [deployment["num_replicas"] for deployment in fit(here, *models)[0]]
+
+
+def test_a_share_lies_on_one_gpu() -> None:
+    assert counts(2, share(0.6, 3)) == [2], "1.8 of 2, and yet the third finds no room"
+    assert counts(7, share(0.14, 49)) == [49]
+    assert counts(1, share(0.8, 1), share(0.1, 2)) == [1, 2]
+
+
+def test_the_model_that_takes_most_gives_way() -> None:
+    assert counts(9, share(8, 2), share(0.25, 4)) == [1, 4]
 
 
 @pytest.mark.parametrize("gpu", [True, False])

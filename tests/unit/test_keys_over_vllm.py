@@ -150,6 +150,6 @@ async def test_a_router_says_so_where_keys_leave_allowed_origins_without_effect(
     monkeypatch.delenv("GROUNDSWELL_API_KEYS", raising=False)
     if keys is not None:
         monkeypatch.setenv("GROUNDSWELL_API_KEYS", keys)
-    model = {"name": "m", "engine_args": {"model": "./m"}, "frontend_args": {"allowed_origins": ["https://a.example"]}}
+    model = {"name": "m", "engine_args": {"model": "./m"}, "frontend_args": {"allowed-origins": ["https://a.example"]}}
     Router(AppConfig.parse({"models": [model]}), {})
     assert ("allowed_origins" in caplog.text) == bool(keys)

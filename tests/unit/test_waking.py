@@ -76,14 +76,20 @@ async def test_as_many_wait_for_the_first_engine_as_may_and_then_have_the_app(ho
     await house.handle.asked.until(lambda: len(house.handle.asked.noted) == QUEUED)
     with pytest.raises(Overloaded):
         await asyncio.wait_for(house.model.app(), LIMIT_S)
-    house.handle.answer.set_result(m.EngineDescription("e1", 2048, 16, ("generate",), 0, 1, ()))
+    house.handle.answer.set_result(m.EngineDescription("e1", 2048, 16, ("generate",)))
     async with asyncio.timeout(LIMIT_S):
         first, second = await asyncio.gather(*waiting)
     assert first is second is house.model.built
 
 
-@pytest.mark.parametrize("error", [RayActorError(), BackPressureError(1, 1)], ids=["it dies", "too many wait"])
-async def test_an_engine_that_cannot_be_had_is_unavailable_and_no_error_of_ours(house: House, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [RayActorError(), BackPressureError(1, 1), asyncio.CancelledError()],
+    ids=["it dies", "too many wait", "Serve cancels the call"],
+)
+async def test_an_engine_that_cannot_be_had_is_unavailable_and_no_error_of_ours(
+    house: House, error: BaseException
+) -> None:
     house.handle.answer.set_exception(error)
     with pytest.raises(EngineUnavailable) as refused:
         await house.model.app()
