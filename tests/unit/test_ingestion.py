@@ -593,6 +593,22 @@ async def test_a_caller_that_leaves_does_not_cut_a_deletion_in_half(
     assert await words.reader.select(FILES, "true", deleting=True) == []
 
 
+async def test_a_change_that_cannot_begin_holds_up_no_other(words: House) -> None:
+    with pytest.raises(TypeError):
+        await words.ingestion.create_store(None, colour="green")  # type: ignore[call-arg]
+    assert not words.ingestion._changing.locked()
+
+
+async def test_a_caller_that_leaves_before_its_turn_changes_nothing(words: House) -> None:
+    async with words.ingestion._changing:
+        creating = asyncio.ensure_future(words.ingestion.create_store(None))
+        await asyncio.sleep(0)
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+    assert (await words.catalog.stores(None, PageRequest())).data == []
+
+
 async def test_a_failure_is_logged_if_its_caller_has_left(
     words: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
