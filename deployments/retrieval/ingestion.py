@@ -363,6 +363,7 @@ class Ingestion:
             self._cancel(job.member)
         await self._writer.delete(MEMBERS, f"store_id = {quoted(store_id)}")
         await self._writer.drop_chunks(store_id)
+        self._reader.forget_chunks(store_id)
         self._unclean = {key for key in self._unclean if key[0] != store_id}
 
     @_change
@@ -593,22 +594,55 @@ class Ingestion:
     def _note_broken(self) -> None:
         self._broken = True
         self._metrics.inc("indexer_broken_changes")
+        self._wake.set()  # it may have written rows of files before it failed
 
-    @_change
     async def _finish_broken(self) -> None:
-        """Finish deletions and cancellations that broke off."""
+        """Finish deletions and cancellations that broke off, each by itself: one that fails again holds up no other."""
+        self._broken = False  # until one fails, here or elsewhere
+        for what, finish in await self._changing.make(self._unfinished):
+            try:
+                await self._changing.make(finish)
+            except Fenced:
+                raise
+            except Exception as error:
+                logger.warning("%s is not finished yet: %s: %s", what, type(error).__name__, error)
+        self._wake.set()
+
+    async def _unfinished(self) -> list[tuple[str, Callable[[], Coroutine[Any, Any, None]]]]:
+        """Return what broke off: what to call it, and what finishes it."""
+        found: list[tuple[str, Callable[[], Coroutine[Any, Any, None]]]] = []
         for file in await self._reader.select(FILES, "true", deleting=True):
-            await self._finish_file(file.id)
+            found.append((f"The deletion of file {file.id}", partial(self._finish_file, file.id)))
         for store in await self._reader.select(STORES, "true", deleting=True):
-            await self._finish_store(store.id)
+            found.append((f"The deletion of vector store {store.id}", partial(self._finish_store, store.id)))
         for member in await self._reader.select(MEMBERS, "true", deleting=True):
+            what = f"The removal of file {member.file_id} from {member.store_id}"
+            found.append((what, partial(self._finish_removal, member)))
+        for batch in await self._half_cancelled():
+            found.append((f"The cancellation of batch {batch.id}", partial(self._finish_cancel, batch)))
+        for store_id in await self._half_expired():
+            found.append((f"The expiry of vector store {store_id}", partial(self._empty_store, store_id)))
+        return found
+
+    async def _finish_removal(self, member: VectorStoreFile) -> None:
+        if await self._reader.select(MEMBERS, _row(member), deleting=True):  # not attached again meanwhile
             await self._remove(member)
-        for batch in await self._reader.select(BATCHES, "cancelled = true"):
-            await self._finish_cancel(batch)
-        for store in await self._reader.select(STORES, "state = 'expired'"):
-            if await self._reader.has_chunks(store.id):
-                await self._empty_store(store.id)
-        self._broken = False
+
+    async def _half_cancelled(self) -> list[Batch]:
+        cancelled = await self._reader.select(BATCHES, "cancelled = true")
+        if not cancelled:
+            return []
+        where = f"status = 'in_progress' AND batch_id IN ({listed([batch.id for batch in cancelled])})"
+        begun = {member.batch_id for member in await self._reader.select(MEMBERS, where)} | self._cancelling
+        return [batch for batch in cancelled if batch.id in begun]
+
+    async def _half_expired(self) -> list[str]:
+        expired = [store.id for store in await self._reader.select(STORES, "state = 'expired'")]
+        if not expired:
+            return []
+        members = await self._reader.select(MEMBERS, f"store_id IN ({listed(expired)})")
+        left = {member.store_id for member in members}
+        return [store_id for store_id in expired if store_id in left or await self._reader.has_chunks(store_id)]
 
     async def _forget_broken_uploads(self) -> None:
         known = {file.id for file in await self._reader.select(FILES, "true")}

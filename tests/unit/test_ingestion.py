@@ -593,6 +593,95 @@ async def test_a_caller_that_leaves_does_not_cut_a_deletion_in_half(
     assert await words.reader.select(FILES, "true", deleting=True) == []
 
 
+async def test_a_deletion_that_fails_again_and_again_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with house(tmp_path, start=False) as made:
+        files = [await made.upload(f"zebra {i}") for i in range(3)]
+        await made.writer.mark_deleting(FILES, "true")
+        delete = made.ingestion._blobs.delete
+
+        async def delete_most(file_id: str) -> None:
+            await (full() if file_id == files[0] else delete(file_id))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.ingestion._blobs, "delete", delete_most)
+            await made.ingestion._finish_broken()
+        assert [file.id for file in await made.reader.select(FILES, "true", deleting=True)] == [files[0]]
+        assert made.ingestion._broken
+        assert f"The deletion of file {files[0]} is not finished yet: OSError: disk full" in caplog.text
+        await made.ingestion._finish_broken()
+        assert await made.reader.select(FILES, "true", deleting=True) == []
+        assert not made.ingestion._broken
+
+
+async def test_a_file_that_is_attached_again_before_its_removal_is_finished_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(tmp_path, start=False) as made:
+        one, two = [await made.upload("zebra") for _ in range(2)]
+        store = await made.ingestion.create_store(None, attachments=[Attachment(one)])
+        await made.writer.mark_deleting(FILES, f"id = '{two}'")
+        await made.writer.mark_deleting(MEMBERS, f"file_id = '{one}'")
+        attaching: list[asyncio.Task[Any]] = []
+
+        async def attach_next(file_id: str) -> None:
+            attaching.append(asyncio.create_task(made.ingestion.attach(None, store.id, Attachment(one))))
+            await asyncio.sleep(0)
+
+        monkeypatch.setattr(made.ingestion, "_finish_file", attach_next)
+        await made.ingestion._finish_broken()
+        await asyncio.gather(*attaching)
+        assert (await made.catalog.member(None, store.id, one)).status == "in_progress"
+
+
+async def test_what_is_finished_is_not_finished_again(words: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, (file,) = await words.store_of("a zebra")
+    other = await words.ingestion.create_store(None)
+    batch = await words.ingestion.attach_batch(None, other.id, [Attachment(file)])
+    await words.ingestion.cancel_batch(None, other.id, batch.id)
+    await words.ingestion.update_store(None, store, {"expires_after_days": 1})
+    words.clock.now += 90_000
+    await words.ingestion._expire()
+    assert await words.ingestion._unfinished() == []
+
+
+async def test_an_expired_store_whose_files_were_never_indexed_is_emptied_too(tmp_path: Path) -> None:
+    async with house(tmp_path, start=False) as made:
+        file = await made.upload("zebra")
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file)])
+        await made.writer.update(STORES, f"id = '{store.id}'", {"state": "expired"})
+        await made.ingestion._finish_broken()
+        assert (await made.catalog.store(None, store.id))[1].total == 0
+
+
+@pytest.mark.parametrize("create", [False, True])
+async def test_a_file_whose_row_is_written_though_that_fails_is_indexed(
+    words: House, monkeypatch: pytest.MonkeyPatch, create: bool
+) -> None:
+    file = await words.upload("zebra")
+    store = (await words.ingestion.create_store(None)).id
+    write = words.writer.add if create else words.writer.put
+
+    async def write_and_fail(table: Any, records: Any) -> None:
+        await write(table, records)
+        if table is MEMBERS and records[0].status == "in_progress":
+            await full()
+
+    while words.ingestion._wake.is_set() or not words.ingestion._refilling.locked():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    with monkeypatch.context() as patched:
+        patched.setattr(words.writer, "add" if create else "put", write_and_fail)
+        with pytest.raises(OSError, match="disk full"):
+            if create:
+                await words.ingestion.create_store(None, attachments=[Attachment(file)])
+            else:
+                await words.ingestion.attach(None, store, Attachment(file))
+    if create:
+        (store,) = {m.store_id for m in await words.reader.select(MEMBERS, "true")}
+    assert [m.status for m in await words.indexed(store)] == ["completed"]
+
+
 async def test_a_change_that_cannot_begin_holds_up_no_other(words: House) -> None:
     with pytest.raises(TypeError):
         await words.ingestion.create_store(None, colour="green")  # type: ignore[call-arg]
