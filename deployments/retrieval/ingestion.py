@@ -81,6 +81,7 @@ class _Job:
         cancelled: Somebody has detached or deleted it.
         position: Chunks read so far.
         read: How long its child took, once it is read.
+        broke_off: Readings that did.
     """
 
     member: VectorStoreFile
@@ -88,6 +89,7 @@ class _Job:
     position: int = 0
     usage_bytes: int = 0
     read: Done | None = None
+    broke_off: int = 0
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -670,14 +672,27 @@ class Ingestion:
         while True:
             job = await self._next_job()
             try:
-                await self._read_again(job)
-            except Unreadable as error:
-                await self._pieces.put(_Piece(job, end=True, error=error))
-            except Exception:
-                if not job.cancelled:
-                    logger.exception("File %s could not be read", job.member.file_id)
-                    ours = Unreadable("server_error", "The file could not be read, by no fault of its own.")
-                    await self._pieces.put(_Piece(job, end=True, error=ours))
+                await self._read(job)
+            except Exception as error:
+                if not job.cancelled and not self._read_later(job, error):
+                    await self._pieces.put(_Piece(job, end=True, error=_refusal(job, error)))
+
+    def _read_later(self, job: _Job, error: Exception) -> bool:
+        """Have a file read again, a few times if need be: what breaks off may not be its fault."""
+        passing = isinstance(error, OSError | Interrupted) and not isinstance(error, FileNotFoundError)
+        if not passing or job.broke_off == len(_READ_AGAIN_AFTER_S):
+            return False
+        wait_s = _READ_AGAIN_AFTER_S[job.broke_off]
+        job.broke_off += 1
+        self._metrics.inc("indexer_read_retries")
+        kind = type(error).__name__
+        logger.warning("File %s is read again in %.1f s: %s: %s", job.member.file_id, wait_s, kind, error)
+        asyncio.get_running_loop().call_later(wait_s, self._put_back, job)
+        return True
+
+    def _put_back(self, job: _Job) -> None:
+        self._waiting.appendleft(job)
+        self._wake.set()
 
     async def _next_job(self) -> _Job:
         async with self._refilling:
@@ -699,23 +714,6 @@ class Ingestion:
                 self._metrics.set("indexer_waiting_files", len(self._jobs))
                 if not self._waiting:
                     await self._wake.wait()
-
-    async def _read_again(self, job: _Job) -> None:
-        """Read a file, a few times if need be: what breaks off may not be its fault."""
-        for wait_s in _READ_AGAIN_AFTER_S:
-            try:
-                return await self._read(job)
-            except (OSError, Interrupted) as error:
-                if job.cancelled:
-                    return
-                self._metrics.inc("indexer_read_retries")
-                kind = type(error).__name__
-                logger.warning("File %s is read again in %.1f s: %s: %s", job.member.file_id, wait_s, kind, error)
-                await asyncio.sleep(wait_s)
-        try:
-            await self._read(job)
-        except Interrupted as error:
-            raise error.refusal from None
 
     async def _read(self, job: _Job) -> None:
         member, seen = job.member, 0
@@ -925,6 +923,16 @@ def _ours() -> Iterator[None]:
         yield
     except BadRequest as error:
         raise Unreadable("server_error", error.message) from None
+
+
+def _refusal(job: _Job, error: Exception) -> Unreadable:
+    """Return what to say of a file whose reading has failed for good."""
+    if isinstance(error, Unreadable):
+        return error
+    if isinstance(error, Interrupted):
+        return error.refusal
+    logger.error("File %s could not be read", job.member.file_id, exc_info=error)
+    return Unreadable("server_error", "The file could not be read, by no fault of its own.")
 
 
 def _failed(member: VectorStoreFile, code: ErrorCode, message: str) -> VectorStoreFile:

@@ -132,6 +132,39 @@ async def test_a_file_whose_reader_always_dies_fails_in_the_end(
         assert members[files[1]].status == "completed"
 
 
+async def test_a_file_that_is_to_be_read_again_keeps_no_other_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (3600.0,))
+
+    async def broken(path: Any, filename: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        if filename == "broken":
+            raise OSError("no process")
+        async for some in chunks(path, filename, *args, **kwargs):
+            yield some
+
+    recorder = Recorder()
+    async with house(tmp_path, metrics=recorder, parse_workers=1) as made:
+        chunks = made.ingestion._sandbox.chunks
+        monkeypatch.setattr(made.ingestion._sandbox, "chunks", broken)
+        first, second = [await made.upload("zebra", name) for name in ("broken", "good")]
+        await made.ingestion.create_store(None, attachments=[Attachment(first)])
+        await recorder.until(lambda: recorder.counts["indexer_read_retries",] == 1)
+        store = await made.ingestion.create_store(None, attachments=[Attachment(second)])
+        assert [m.status for m in await made.indexed(store.id)] == ["completed"]
+
+
+async def test_a_file_without_its_bytes_fails_at_once(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with house(tmp_path, metrics=recorder) as made:
+        file = await made.upload("zebra")
+        (tmp_path / "files" / file).unlink()
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file)])
+        (member,) = await made.indexed(store.id)
+        assert (member.status, member.error_code) == ("failed", "server_error")
+    assert recorder.counts["indexer_read_retries",] == 0
+
+
 async def test_openais_static_strategy_is_honoured(words: House) -> None:
     file = await words.upload("\n\n".join(f"Paragraph {i} with some words in it." for i in range(500)))
     store = await words.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 20))])
