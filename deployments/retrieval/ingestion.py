@@ -68,6 +68,7 @@ _CHUNKS_A_COMMIT: Final = 2048
 _DELETED_TOGETHER: Final = 500
 _HOUSE_KEEPING_S: Final = 10.0
 _COMPACTION_LOOK_S: Final = 1.0
+_LAST_CHANGES_S: Final = 10.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
 _READ_AGAIN_AFTER_S: Final = (1.0, 5.0, 20.0)
@@ -114,8 +115,9 @@ class _Piece:
 
     @property
     def vectors(self) -> Vectors | None:
-        """One a row, or None before they are made, or without."""
+        """One a row, or None before any is made, or without."""
         made = [text.vector for text in self.texts if text.vector is not None]
+        assert len(made) in (0, len(self.texts)), "some chunks have vectors, and others none"
         return np.stack(made) if made else None
 
     @property
@@ -215,8 +217,11 @@ class Ingestion:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._sandbox.close()
-        async with self._changing:
-            pass  # what has begun has been made to its end
+        try:
+            async with asyncio.timeout(_LAST_CHANGES_S), self._changing:
+                pass  # what has begun, or had its turn before, has been made to its end
+        except TimeoutError:
+            logger.warning("A change is still under way as the Indexer ends; the next one finishes what it leaves")
 
     # Files
 
@@ -268,9 +273,11 @@ class Ingestion:
         return file
 
     async def abort_upload(self, file_id: str) -> None:
-        """Leave nothing of an upload that will not be finished, or of which nobody hears that it was just now."""
+        """Leave nothing of an upload that will not be finished, or of which nobody hears that it was."""
         if (upload := self._uploads.get(file_id)) is not None:
             await upload.changing.make(partial(self._abort, file_id, upload))
+        else:
+            await self._changing.make(partial(self._take_back, file_id))
 
     async def _abort(self, file_id: str, upload: _Upload) -> None:
         self._forget_upload(file_id)
@@ -279,6 +286,10 @@ class Ingestion:
             await self._changing.make(partial(self._delete_file, file_id))
         else:
             await self._blobs.delete(file_id)
+
+    async def _take_back(self, file_id: str) -> None:
+        if await self._reader.select(FILES, f"id = {quoted(file_id)}"):
+            await self._delete_file(file_id)
 
     def _upload(self, file_id: str) -> _Upload:
         if (upload := self._uploads.get(file_id)) is None:
@@ -412,6 +423,8 @@ class Ingestion:
             batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
         else:
             batch = await self._batch(store_id, batch_id)
+            if batch.cancelled:
+                raise BadRequest(f"Batch {batch_id} was cancelled: it takes no more files.")
         members, former = await self._members(store, attachments, batch.id)
         await self._used(store)
         if batch_id is None:
@@ -742,6 +755,7 @@ class Ingestion:
                 pieces.append(self._pieces.get_nowait())
             await self._write_until_done(pieces)
             self._buffered -= sum(len(p.chunks) for p in pieces)
+            del pieces  # or their vectors stay while nothing comes
             self._metrics.set("indexer_buffered_chunks", self._buffered)
 
     async def _write_until_done(self, pieces: list[_Piece], *, again: bool = False) -> None:
@@ -894,16 +908,24 @@ class Ingestion:
         for table in TABLES:
             self._writer.clean_after(table.name, self._config.keep_versions_s)
         for store in await self._reader.select(STORES, "state = 'open'"):  # what a former run has left to do
-            name = chunks_table(store.id)
-            if await self._writer.unindexed(store.id):
-                await self._compact(name)
-            if await self._writer.has_old_versions(store.id):
-                self._writer.clean_after(name, self._config.keep_versions_s)
+            try:
+                await self._go_on_compacting(store.id)
+            except Fenced:
+                raise
+            except Exception:
+                logger.exception("The chunks of vector store %s cannot be looked at", store.id)
         while True:
             await asyncio.sleep(min(_COMPACTION_LOOK_S, self._config.compact_after_s))
             for name in self._writer.behind(idle_s=self._config.compact_after_s):
                 await self._compact(name)
             self._metrics.set("indexer_tables_behind", self._writer.tables_behind)
+
+    async def _go_on_compacting(self, store_id: str) -> None:
+        name = chunks_table(store_id)
+        if await self._writer.unindexed(store_id):
+            await self._compact(name)
+        if await self._writer.has_old_versions(store_id):
+            self._writer.clean_after(name, self._config.keep_versions_s)
 
     async def _compact(self, name: str) -> None:
         try:

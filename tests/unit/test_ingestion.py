@@ -298,6 +298,16 @@ async def test_a_cancelled_batch_stops_where_it_is(tmp_path: Path) -> None:
         assert await found(made, store.id, "zebra") == {files[0]}
 
 
+async def test_a_cancelled_batch_takes_no_more_files(words: House) -> None:
+    one, two = [await words.upload("zebra") for _ in range(2)]
+    store = await words.ingestion.create_store(None)
+    batch = await words.ingestion.attach_batch(None, store.id, [Attachment(one)])
+    await words.ingestion.cancel_batch(None, store.id, batch.id)
+    with pytest.raises(BadRequest, match="cancelled"):
+        await words.ingestion.attach_batch(None, store.id, [Attachment(two)], batch.id)
+    assert (await words.catalog.batch(None, store.id, batch.id))[1].total == 1
+
+
 async def test_an_embedding_model_that_is_away_delays_and_loses_nothing(tmp_path: Path) -> None:
     calls = 0
 
@@ -873,6 +883,21 @@ async def test_an_upload_cut_off_while_it_finishes_leaves_neither_record_nor_byt
     assert list((tmp_path / "files").iterdir()) == []
 
 
+async def test_an_upload_of_whose_end_nobody_heard_leaves_neither_record_nor_bytes(
+    words: House, tmp_path: Path
+) -> None:
+    file_id = await words.upload("zebra")
+    await words.ingestion.abort_upload(file_id)
+    assert await words.reader.select(FILES, "true") == []
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+async def test_closing_does_not_wait_for_ever(words: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingestion, "_LAST_CHANGES_S", 0.01)
+    async with words.ingestion._changing:
+        await words.ingestion.close()
+
+
 def mentions(folder: Path, word: bytes) -> bool:
     """Return whether a file of a table has a word; one that goes meanwhile has none."""
 
@@ -934,6 +959,26 @@ async def test_a_compaction_that_fails_is_counted_and_tried_again(
     assert outcomes["failed"] == 1
     assert outcomes["done"] > 0
     assert f"chunks_{store} could not be compacted" in caplog.text
+
+
+async def test_a_table_that_cannot_be_read_at_the_start_keeps_no_other_from_compaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with house(tmp_path, compact_after_s=1000) as made:
+        stores = [(await made.store_of("zebra"))[0] for _ in range(2)]
+    async with house(tmp_path, compact_after_s=0.05, start=False) as made:
+        unindexed = made.writer.unindexed
+
+        async def unindexed_of_one(store_id: str) -> int:
+            await (full() if store_id == stores[0] else asyncio.sleep(0))
+            return await unindexed(store_id)
+
+        monkeypatch.setattr(made.writer, "unindexed", unindexed_of_one)
+        await made.ingestion.start()
+        async with asyncio.timeout(LIMIT_S):
+            while await unindexed(stores[1]):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    assert f"{stores[0]} cannot be looked at" in caplog.text
 
 
 class Stages(NoMetrics):
