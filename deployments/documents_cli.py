@@ -47,14 +47,14 @@ class Server:
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
 
     def call(self, method: str, path: str, **options: Any) -> Any:
-        """Return the JSON of an answer. What is refused for now (429, 503) is tried again a few times.
+        """Return the JSON of an answer. What is refused for now is tried again a few times.
 
         Raises:
             Failure: The server is not there, or refuses.
         """
         for attempt in range(_RETRIES + 1):
             answer = self.open(method, path, **options)
-            if answer.status_code not in (429, 503) or attempt == _RETRIES:
+            if not _for_now(answer) or attempt == _RETRIES:
                 break
             time.sleep(float(answer.headers.get("retry-after", 1)))
         return self._checked(answer).json()
@@ -82,7 +82,7 @@ class Server:
             boundary = secrets.token_hex(16)
             headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
             answer = self.open("POST", "files", data=_form(path, boundary), headers=headers)
-            if answer.status_code not in (429, 503) or attempt == _RETRIES:
+            if not _for_now(answer) or attempt == _RETRIES:
                 break
             time.sleep(float(answer.headers.get("retry-after", 1)))
         return str(self._checked(answer).json()["id"])
@@ -120,6 +120,11 @@ class Server:
         except (ValueError, KeyError, TypeError):
             message = answer.text[:200]
         raise Failure(f"The server refuses ({answer.status_code}): {message}")
+
+
+def _for_now(answer: requests.Response) -> bool:
+    """Return whether a server refuses what it may take a little later: it is busy, or the body came too slowly."""
+    return answer.status_code in (408, 429, 503) and answer.headers.get("x-should-retry") != "false"
 
 
 def _form(path: Path, boundary: str) -> Iterator[bytes]:

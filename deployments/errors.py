@@ -129,6 +129,12 @@ class RequestTimeout(PublicError):
         return {**super().headers(), "x-should-retry": "false"}  # OpenAI's clients would try twice more
 
 
+class BodyStalled(PublicError):
+    """The request's body does not come. Sent again, it may."""
+
+    status, type, code = 408, "timeout_error", "body_stalled"
+
+
 class Overloaded(PublicError):
     """The Router holds as much work as it may: refused before any of it was done."""
 

@@ -61,7 +61,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "indexer_file_seconds": Metric("histogram", "From taking a file up to its being indexed, or failed."),
     "indexer_retries": Metric("counter", "Writes of chunks that failed and were tried again."),
     "indexer_broken_changes": Metric(
-        "counter", "Changes that failed, perhaps halfway; what they began is finished later."
+        "counter", "Changes that failed, perhaps halfway; deletions, cancellations and expiry are finished later."
     ),
     "indexer_loop_failures": Metric("counter", "Failures of the Indexer's own work, which goes on.", ("loop",)),
     "indexer_read_retries": Metric("counter", "Readings of files that broke off and were tried again."),

@@ -88,6 +88,12 @@ def owner() -> str | None:
     return None if asking is None else asking.owner
 
 
+def key() -> str | None:
+    """Return the name of the key that asks; None where there are no keys, or none was needed."""
+    asking = caller()
+    return None if asking is None else asking.name
+
+
 @contextmanager
 def request_scope(
     asking: Caller | None = None, *, deadline: tuple[float, PublicError] | None = None

@@ -187,6 +187,7 @@ class Router:
             config,
             max_body_bytes=self._config.router.max_body_bytes,
             owner_of=lambda scope: request_scope.owner(),
+            key_of=lambda scope: request_scope.key(),
         )
         return dict.fromkeys(PREFIXES, app)
 

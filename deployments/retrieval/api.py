@@ -29,12 +29,12 @@ from deployments.dispatch import ClientGone, while_connected
 from deployments.errors import (
     OPAQUE,
     BadRequest,
+    BodyStalled,
     MethodNotAllowed,
     NotFound,
     Overloaded,
     PayloadTooLarge,
     PublicError,
-    RequestTimeout,
 )
 from deployments.retrieval.batching import MESSAGE_BYTES, batches
 from deployments.retrieval.filters import checked_attributes
@@ -220,6 +220,7 @@ def documents_app(
     *,
     max_body_bytes: int,
     owner_of: OwnerOf = lambda scope: None,
+    key_of: OwnerOf = lambda scope: None,
 ) -> Starlette:
     """Return the app of all paths under `PREFIXES`.
 
@@ -228,9 +229,10 @@ def documents_app(
         retriever: Reads.
         config: Bounds.
         max_body_bytes: Of bodies other than uploads.
-        owner_of: Whose request it is; None where there are no keys.
+        owner_of: Whose files and vector stores the request may see; None for those that are nobody's.
+        key_of: The name of the key that asks; None where there are no keys.
     """
-    return _Api(indexer, retriever, config, max_body_bytes, owner_of).app()
+    return _Api(indexer, retriever, config, max_body_bytes, owner_of, key_of).app()
 
 
 class _Api:
@@ -241,12 +243,13 @@ class _Api:
         config: DocumentsConfig,
         max_body_bytes: int,
         owner_of: OwnerOf,
+        key_of: OwnerOf,
     ) -> None:
         self._indexer, self._retriever = indexer, retriever
         self._config = config
         self._max_body_bytes = max_body_bytes
-        self._owner_of = owner_of
-        self._uploads: Counter[str | None] = Counter()  # by owner
+        self._owner_of, self._key_of = owner_of, key_of
+        self._uploads: Counter[str | None] = Counter()  # by key
 
     def app(self) -> Starlette:
         store, member = "/v1/vector_stores/{store_id}", "/v1/vector_stores/{store_id}/files/{file_id}"
@@ -286,20 +289,20 @@ class _Api:
     # Files
 
     async def _upload(self, request: Request) -> Response:
-        owner, most = self._owner(request), self._config.max_open_uploads
-        share = most if owner is None else max(1, most // 2)  # so that one key's leave room for another's
-        if self._uploads.total() >= most or self._uploads[owner] >= share:
+        key, most = self._key_of(request.scope), self._config.max_open_uploads
+        share = most if key is None else max(1, most // 2)  # so that one key's leave room for another's
+        if self._uploads.total() >= most or self._uploads[key] >= share:
             raise Overloaded("Too many uploads at once.", retry_after_s=5)
-        self._uploads[owner] += 1
+        self._uploads[key] += 1
         try:
             form = await self._form(request)
             try:
-                taking = self._take(owner, form)
+                taking = self._take(self._owner(request), form)
                 return JSONResponse(_file(await while_connected(taking, request.receive)))
             finally:
                 await form.close()
         finally:
-            self._uploads[owner] -= 1
+            self._uploads[key] -= 1
             self._uploads += Counter()  # forget who has none
 
     async def _form(self, request: Request) -> FormData:
@@ -583,7 +586,7 @@ def _bounded(request: Request, most: int, too_large: PublicError) -> Receive:
             async with asyncio.timeout(_MAX_SILENCE_S):
                 message = await request.receive()
         except TimeoutError:
-            raise RequestTimeout(f"Nothing of the body came for {_MAX_SILENCE_S:g} s.") from None
+            raise BodyStalled(f"Nothing of the body came for {_MAX_SILENCE_S:g} s.") from None
         size += len(message.get("body", b""))
         if size > most:
             raise too_large

@@ -71,9 +71,15 @@ class Blobs:
 
     @asynccontextmanager
     async def local(self, file_id: str) -> AsyncIterator[Path]:
-        """Give a path on this machine at which the file can be read while the block runs."""
+        """Give a path on this machine at which the file can be read while the block runs.
+
+        Raises:
+            FileNotFoundError: It has been deleted.
+        """
         if isinstance(self._fs, fs.LocalFileSystem):
-            yield Path(self._path(file_id))
+            path = Path(self._path(file_id))
+            await asyncio.to_thread(path.stat)
+            yield path
             return
         with tempfile.NamedTemporaryFile(prefix="groundswell-") as file:
             offset = 0

@@ -31,8 +31,13 @@ class Changes(asyncio.Lock):
 
     async def make(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Make a change when its turn has come; return what it returns."""
-        await self.acquire()
-        making = self._making = asyncio.get_running_loop().create_task(change())
+        begun = change()
+        try:
+            await self.acquire()
+        except BaseException:
+            begun.close()
+            raise
+        making = self._making = asyncio.get_running_loop().create_task(begun)
         making.add_done_callback(self._ended)
         try:
             return await asyncio.shield(making)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from deployments.errors import BadRequest
+from deployments.errors import BadRequest, PublicError
 from deployments.retrieval.batching import batches, text_bytes
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.ports import Embed, Vectors
@@ -22,7 +22,8 @@ logger = logging.getLogger("ray.serve.groundswell.indexer")
 _CALLS_AT_ONCE: Final = 4
 _SMALLER: Final = 4
 _LARGER_AFTER_CALLS: Final = 8
-_FAILURES_ALONE: Final = 2
+_FAILURES_BESIDE_A_PROBE: Final = 3
+_AWAY: Final = (429, 503)
 _PROBE: Final = "Is there anybody?"
 
 
@@ -32,7 +33,7 @@ class Text:
 
     Attributes:
         vector: Of one dimension, once it is made.
-        failures: Calls with this text alone that failed.
+        failures: Calls with this text alone that failed, from the second on directly after one that did not.
         refused: Why there will be none.
     """
 
@@ -62,7 +63,7 @@ class Embedder:
         """Make the vectors that are missing; those that are made stay, should others fail.
 
         Raises:
-            Unreadable: The model refuses one of the texts, or fails at it again and again and at another not.
+            Unreadable: The model refuses one of the texts, or fails at it again and again and at another not each time.
             Exception: The model, or the way to it, failed. To be tried again after a while.
         """
         todo = [text for text in texts if text.vector is None]
@@ -95,16 +96,16 @@ class Embedder:
 
     async def _fill(self, texts: Sequence[Text]) -> None:
         alone = texts[0] if len(texts) == 1 else None
-        if alone is not None and alone.failures >= _FAILURES_ALONE:
+        if alone is not None and alone.failures:
             await self._call([_PROBE])  # is it the text, or is the model away?
         try:
             made = await self._call([text.text for text in texts])
         except Unreadable:
             raise
         except Exception as error:
-            if alone is not None:
+            if alone is not None and not (isinstance(error, PublicError) and error.status in _AWAY):
                 alone.failures += 1
-                if alone.failures > _FAILURES_ALONE:
+                if alone.failures > _FAILURES_BESIDE_A_PROBE:
                     logger.warning("The embedding model fails at one text: %s: %s", type(error).__name__, error)
                     alone.refused = Unreadable("server_error", "The embedding model fails at a part of this file.")
                     raise alone.refused from None

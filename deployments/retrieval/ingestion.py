@@ -68,6 +68,7 @@ _CHUNKS_A_COMMIT: Final = 2048
 _DELETED_TOGETHER: Final = 500
 _HOUSE_KEEPING_S: Final = 10.0
 _COMPACTION_LOOK_S: Final = 1.0
+_LAST_CHANGES_S: Final = 10.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
 _READ_AGAIN_AFTER_S: Final = (1.0, 5.0, 20.0)
@@ -81,6 +82,7 @@ class _Job:
         cancelled: Somebody has detached or deleted it.
         position: Chunks read so far.
         read: How long its child took, once it is read.
+        broke_off: Readings that did.
     """
 
     member: VectorStoreFile
@@ -88,6 +90,7 @@ class _Job:
     position: int = 0
     usage_bytes: int = 0
     read: Done | None = None
+    broke_off: int = 0
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -112,8 +115,9 @@ class _Piece:
 
     @property
     def vectors(self) -> Vectors | None:
-        """One a row, or None before they are made, or without."""
+        """One a row, or None before any is made, or without."""
         made = [text.vector for text in self.texts if text.vector is not None]
+        assert len(made) in (0, len(self.texts)), "some chunks have vectors, and others none"
         return np.stack(made) if made else None
 
     @property
@@ -213,8 +217,11 @@ class Ingestion:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._sandbox.close()
-        async with self._changing:
-            pass  # what has begun has been made to its end
+        try:
+            async with asyncio.timeout(_LAST_CHANGES_S), self._changing:
+                pass  # what has begun, or had its turn before, has been made to its end
+        except TimeoutError:
+            logger.warning("A change is still under way as the Indexer ends; the next one finishes what it leaves")
 
     # Files
 
@@ -266,9 +273,11 @@ class Ingestion:
         return file
 
     async def abort_upload(self, file_id: str) -> None:
-        """Leave nothing of an upload that will not be finished, or of which nobody hears that it was just now."""
+        """Leave nothing of an upload that will not be finished, or of which nobody hears that it was."""
         if (upload := self._uploads.get(file_id)) is not None:
             await upload.changing.make(partial(self._abort, file_id, upload))
+        else:
+            await self._changing.make(partial(self._take_back, file_id))
 
     async def _abort(self, file_id: str, upload: _Upload) -> None:
         self._forget_upload(file_id)
@@ -277,6 +286,10 @@ class Ingestion:
             await self._changing.make(partial(self._delete_file, file_id))
         else:
             await self._blobs.delete(file_id)
+
+    async def _take_back(self, file_id: str) -> None:
+        if await self._reader.select(FILES, f"id = {quoted(file_id)}"):
+            await self._delete_file(file_id)
 
     def _upload(self, file_id: str) -> _Upload:
         if (upload := self._uploads.get(file_id)) is None:
@@ -363,6 +376,7 @@ class Ingestion:
             self._cancel(job.member)
         await self._writer.delete(MEMBERS, f"store_id = {quoted(store_id)}")
         await self._writer.drop_chunks(store_id)
+        self._reader.forget_chunks(store_id)
         self._unclean = {key for key in self._unclean if key[0] != store_id}
 
     @_change
@@ -409,6 +423,8 @@ class Ingestion:
             batch = Batch(new_id("vsfb_"), store_id, owner, self._writer.now_us())
         else:
             batch = await self._batch(store_id, batch_id)
+            if batch.cancelled:
+                raise BadRequest(f"Batch {batch_id} was cancelled: it takes no more files.")
         members, former = await self._members(store, attachments, batch.id)
         await self._used(store)
         if batch_id is None:
@@ -593,22 +609,55 @@ class Ingestion:
     def _note_broken(self) -> None:
         self._broken = True
         self._metrics.inc("indexer_broken_changes")
+        self._wake.set()  # it may have written rows of files before it failed
 
-    @_change
     async def _finish_broken(self) -> None:
-        """Finish deletions and cancellations that broke off."""
+        """Finish deletions and cancellations that broke off, each by itself: one that fails again holds up no other."""
+        self._broken = False  # until one fails, here or elsewhere
+        for what, finish in await self._changing.make(self._unfinished):
+            try:
+                await self._changing.make(finish)
+            except Fenced:
+                raise
+            except Exception as error:
+                logger.warning("%s is not finished yet: %s: %s", what, type(error).__name__, error)
+        self._wake.set()
+
+    async def _unfinished(self) -> list[tuple[str, Callable[[], Coroutine[Any, Any, None]]]]:
+        """Return what broke off: what to call it, and what finishes it."""
+        found: list[tuple[str, Callable[[], Coroutine[Any, Any, None]]]] = []
         for file in await self._reader.select(FILES, "true", deleting=True):
-            await self._finish_file(file.id)
+            found.append((f"The deletion of file {file.id}", partial(self._finish_file, file.id)))
         for store in await self._reader.select(STORES, "true", deleting=True):
-            await self._finish_store(store.id)
+            found.append((f"The deletion of vector store {store.id}", partial(self._finish_store, store.id)))
         for member in await self._reader.select(MEMBERS, "true", deleting=True):
+            what = f"The removal of file {member.file_id} from {member.store_id}"
+            found.append((what, partial(self._finish_removal, member)))
+        for batch in await self._half_cancelled():
+            found.append((f"The cancellation of batch {batch.id}", partial(self._finish_cancel, batch)))
+        for store_id in await self._half_expired():
+            found.append((f"The expiry of vector store {store_id}", partial(self._empty_store, store_id)))
+        return found
+
+    async def _finish_removal(self, member: VectorStoreFile) -> None:
+        if await self._reader.select(MEMBERS, _row(member), deleting=True):  # not attached again meanwhile
             await self._remove(member)
-        for batch in await self._reader.select(BATCHES, "cancelled = true"):
-            await self._finish_cancel(batch)
-        for store in await self._reader.select(STORES, "state = 'expired'"):
-            if await self._reader.has_chunks(store.id):
-                await self._empty_store(store.id)
-        self._broken = False
+
+    async def _half_cancelled(self) -> list[Batch]:
+        cancelled = await self._reader.select(BATCHES, "cancelled = true")
+        if not cancelled:
+            return []
+        where = f"status = 'in_progress' AND batch_id IN ({listed([batch.id for batch in cancelled])})"
+        begun = {member.batch_id for member in await self._reader.select(MEMBERS, where)} | self._cancelling
+        return [batch for batch in cancelled if batch.id in begun]
+
+    async def _half_expired(self) -> list[str]:
+        expired = [store.id for store in await self._reader.select(STORES, "state = 'expired'")]
+        if not expired:
+            return []
+        members = await self._reader.select(MEMBERS, f"store_id IN ({listed(expired)})")
+        left = {member.store_id for member in members}
+        return [store_id for store_id in expired if store_id in left or await self._reader.has_chunks(store_id)]
 
     async def _forget_broken_uploads(self) -> None:
         known = {file.id for file in await self._reader.select(FILES, "true")}
@@ -636,14 +685,27 @@ class Ingestion:
         while True:
             job = await self._next_job()
             try:
-                await self._read_again(job)
-            except Unreadable as error:
-                await self._pieces.put(_Piece(job, end=True, error=error))
-            except Exception:
-                if not job.cancelled:
-                    logger.exception("File %s could not be read", job.member.file_id)
-                    ours = Unreadable("server_error", "The file could not be read, by no fault of its own.")
-                    await self._pieces.put(_Piece(job, end=True, error=ours))
+                await self._read(job)
+            except Exception as error:
+                if not job.cancelled and not self._read_later(job, error):
+                    await self._pieces.put(_Piece(job, end=True, error=_refusal(job, error)))
+
+    def _read_later(self, job: _Job, error: Exception) -> bool:
+        """Have a file read again, a few times if need be: what breaks off may not be its fault."""
+        passing = isinstance(error, OSError | Interrupted) and not isinstance(error, FileNotFoundError)
+        if not passing or job.broke_off == len(_READ_AGAIN_AFTER_S):
+            return False
+        wait_s = _READ_AGAIN_AFTER_S[job.broke_off]
+        job.broke_off += 1
+        self._metrics.inc("indexer_read_retries")
+        kind = type(error).__name__
+        logger.warning("File %s is read again in %.1f s: %s: %s", job.member.file_id, wait_s, kind, error)
+        asyncio.get_running_loop().call_later(wait_s, self._put_back, job)
+        return True
+
+    def _put_back(self, job: _Job) -> None:
+        self._waiting.appendleft(job)
+        self._wake.set()
 
     async def _next_job(self) -> _Job:
         async with self._refilling:
@@ -665,23 +727,6 @@ class Ingestion:
                 self._metrics.set("indexer_waiting_files", len(self._jobs))
                 if not self._waiting:
                     await self._wake.wait()
-
-    async def _read_again(self, job: _Job) -> None:
-        """Read a file, a few times if need be: what breaks off may not be its fault."""
-        for wait_s in _READ_AGAIN_AFTER_S:
-            try:
-                return await self._read(job)
-            except (OSError, Interrupted) as error:
-                if job.cancelled:
-                    return
-                self._metrics.inc("indexer_read_retries")
-                kind = type(error).__name__
-                logger.warning("File %s is read again in %.1f s: %s: %s", job.member.file_id, wait_s, kind, error)
-                await asyncio.sleep(wait_s)
-        try:
-            await self._read(job)
-        except Interrupted as error:
-            raise error.refusal from None
 
     async def _read(self, job: _Job) -> None:
         member, seen = job.member, 0
@@ -710,6 +755,7 @@ class Ingestion:
                 pieces.append(self._pieces.get_nowait())
             await self._write_until_done(pieces)
             self._buffered -= sum(len(p.chunks) for p in pieces)
+            del pieces  # or their vectors stay while nothing comes
             self._metrics.set("indexer_buffered_chunks", self._buffered)
 
     async def _write_until_done(self, pieces: list[_Piece], *, again: bool = False) -> None:
@@ -862,16 +908,24 @@ class Ingestion:
         for table in TABLES:
             self._writer.clean_after(table.name, self._config.keep_versions_s)
         for store in await self._reader.select(STORES, "state = 'open'"):  # what a former run has left to do
-            name = chunks_table(store.id)
-            if await self._writer.unindexed(store.id):
-                await self._compact(name)
-            if await self._writer.has_old_versions(store.id):
-                self._writer.clean_after(name, self._config.keep_versions_s)
+            try:
+                await self._go_on_compacting(store.id)
+            except Fenced:
+                raise
+            except Exception:
+                logger.exception("The chunks of vector store %s cannot be looked at", store.id)
         while True:
             await asyncio.sleep(min(_COMPACTION_LOOK_S, self._config.compact_after_s))
             for name in self._writer.behind(idle_s=self._config.compact_after_s):
                 await self._compact(name)
             self._metrics.set("indexer_tables_behind", self._writer.tables_behind)
+
+    async def _go_on_compacting(self, store_id: str) -> None:
+        name = chunks_table(store_id)
+        if await self._writer.unindexed(store_id):
+            await self._compact(name)
+        if await self._writer.has_old_versions(store_id):
+            self._writer.clean_after(name, self._config.keep_versions_s)
 
     async def _compact(self, name: str) -> None:
         try:
@@ -891,6 +945,16 @@ def _ours() -> Iterator[None]:
         yield
     except BadRequest as error:
         raise Unreadable("server_error", error.message) from None
+
+
+def _refusal(job: _Job, error: Exception) -> Unreadable:
+    """Return what to say of a file whose reading has failed for good."""
+    if isinstance(error, Unreadable):
+        return error
+    if isinstance(error, Interrupted):
+        return error.refusal
+    logger.error("File %s could not be read", job.member.file_id, exc_info=error)
+    return Unreadable("server_error", "The file could not be read, by no fault of its own.")
 
 
 def _failed(member: VectorStoreFile, code: ErrorCode, message: str) -> VectorStoreFile:

@@ -180,6 +180,10 @@ class Reader:
         """Whether a store has a table of chunks: its first file makes it."""
         return await self._table(chunks_table(store_id)) is not None
 
+    def forget_chunks(self, store_id: str) -> None:
+        """Note that a store's table of chunks has been deleted."""
+        self._tables.pop(chunks_table(store_id), None)
+
     async def member(self, store_id: str, file_id: str) -> VectorStoreFile | None:
         """Return a file of a vector store, or None."""
         return await self._one(MEMBERS, f"store_id = {quoted(store_id)} AND file_id = {quoted(file_id)}")
@@ -277,7 +281,7 @@ class Reader:
     def _check_gone(self, store_id: str, error: Exception) -> None:
         """Raise `StoreGone` if that is what a failed read of a store's chunks means."""
         if is_missing(error):
-            self._tables.pop(chunks_table(store_id), None)
+            self.forget_chunks(store_id)
             raise StoreGone(store_id) from error
 
 

@@ -350,6 +350,9 @@ class Writer:
         except Exception as error:
             if is_missing(error):
                 self._clean_at.pop(name, None)
+            else:
+                self.clean_after(name, keep_versions_s)
+                self._metrics.inc("indexer_maintenance", outcome="failed")
             raise
         started, written = time.monotonic(), opened.commits
         try:

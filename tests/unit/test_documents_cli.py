@@ -17,7 +17,7 @@ import uvicorn
 
 from deployments.cli import main
 from deployments.config import DocumentsConfig
-from deployments.documents_cli import Bar, Server
+from deployments.documents_cli import Bar, Failure, Server
 from deployments.retrieval.api import documents_app
 from deployments.retrieval.records import PageRequest
 from tests.unit.house import House, house
@@ -231,3 +231,41 @@ def test_ask_streams_the_answer_and_lists_its_sources(responses: str, capsys: py
         "tools": [{"type": "file_search", "vector_store_ids": ["vs_1"]}],
         "stream": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "asked"), [(408, {}, 2), (429, {}, 2), (503, {}, 2), (408, {"x-should-retry": "false"}, 1)]
+)
+def test_an_upload_that_is_refused_for_now_is_sent_again(
+    tmp_path: Path, status: int, headers: dict[str, str], asked: int
+) -> None:
+    bodies: list[bytes] = []
+
+    class StubUploads(BaseHTTPRequestHandler):
+        """A stub server that takes a file the second time."""
+
+        def do_POST(self) -> None:
+            bodies.append(b"")
+            while size := int(self.rfile.readline(), 16):
+                bodies[-1] += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            answer = json.dumps({"id": "file-1"} if len(bodies) == 2 else {"error": {"message": "not now"}}).encode()
+            self.send_response(200 if len(bodies) == 2 else status)
+            for name, value in {**headers, "retry-after": "0", "content-length": str(len(answer))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    (tmp_path / "one.md").write_text("zebra")
+    with http_server(StubUploads) as url:
+        server = Server(url, None)
+        if asked == 1:
+            with pytest.raises(Failure, match="not now"):
+                server.upload(tmp_path / "one.md")
+        else:
+            assert server.upload(tmp_path / "one.md") == "file-1"
+    assert [b"zebra" in body for body in bodies] == [True] * asked

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.errors import BadRequest, EngineUnavailable
+from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, Overloaded, PublicError
 from deployments.retrieval.embedding import Embedder, Text
 from deployments.retrieval.parsing import Unreadable
 
@@ -111,6 +111,42 @@ async def test_a_model_that_is_away_refuses_no_text_however_long(embedder: Embed
         with pytest.raises(EngineUnavailable):
             await embedder.embed(texts)
     model.away = False
+    await embedder.embed(texts)
+    assert texts[0].vector is not None
+
+
+@pytest.mark.parametrize("error", [Overloaded, DocumentsUnavailable, EngineUnavailable])
+async def test_an_overload_refuses_no_text_though_other_calls_get_through(error: type[PublicError]) -> None:
+    text, failed = numbered(1), 0
+
+    async def overloaded(texts: Sequence[str]) -> Any:
+        nonlocal failed
+        if texts[0] == text[0].text and failed < 20:
+            failed += 1
+            raise error("not now")
+        return np.ones((len(texts), 2), np.float32)
+
+    embedder = Embedder(overloaded, batch_texts=64, timeout_s=1)
+    for _ in range(20):
+        with pytest.raises(error):
+            await embedder.embed(text)
+    await embedder.embed(text)
+    assert text[0].vector is not None
+
+
+async def test_a_failure_counts_against_a_text_only_beside_a_call_that_succeeds(
+    embedder: Embedder, model: StubModel
+) -> None:
+    texts, model.hangs_at = numbered(1), "text 0"
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            await embedder.embed(texts)
+        model.takes = 0
+        for _ in range(20):
+            with pytest.raises(TimeoutError):
+                await embedder.embed(texts)
+        model.takes = 10**6
+    model.hangs_at = "nothing"
     await embedder.embed(texts)
     assert texts[0].vector is not None
 

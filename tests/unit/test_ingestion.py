@@ -132,6 +132,39 @@ async def test_a_file_whose_reader_always_dies_fails_in_the_end(
         assert members[files[1]].status == "completed"
 
 
+async def test_a_file_that_is_to_be_read_again_keeps_no_other_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (3600.0,))
+
+    async def broken(path: Any, filename: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        if filename == "broken":
+            raise OSError("no process")
+        async for some in chunks(path, filename, *args, **kwargs):
+            yield some
+
+    recorder = Recorder()
+    async with house(tmp_path, metrics=recorder, parse_workers=1) as made:
+        chunks = made.ingestion._sandbox.chunks
+        monkeypatch.setattr(made.ingestion._sandbox, "chunks", broken)
+        first, second = [await made.upload("zebra", name) for name in ("broken", "good")]
+        await made.ingestion.create_store(None, attachments=[Attachment(first)])
+        await recorder.until(lambda: recorder.counts["indexer_read_retries",] == 1)
+        store = await made.ingestion.create_store(None, attachments=[Attachment(second)])
+        assert [m.status for m in await made.indexed(store.id)] == ["completed"]
+
+
+async def test_a_file_without_its_bytes_fails_at_once(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with house(tmp_path, metrics=recorder) as made:
+        file = await made.upload("zebra")
+        (tmp_path / "files" / file).unlink()
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file)])
+        (member,) = await made.indexed(store.id)
+        assert (member.status, member.error_code) == ("failed", "server_error")
+    assert recorder.counts["indexer_read_retries",] == 0
+
+
 async def test_openais_static_strategy_is_honoured(words: House) -> None:
     file = await words.upload("\n\n".join(f"Paragraph {i} with some words in it." for i in range(500)))
     store = await words.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 20))])
@@ -263,6 +296,16 @@ async def test_a_cancelled_batch_stops_where_it_is(tmp_path: Path) -> None:
         assert again.status == "in_progress"
         await made.indexed(store.id)
         assert await found(made, store.id, "zebra") == {files[0]}
+
+
+async def test_a_cancelled_batch_takes_no_more_files(words: House) -> None:
+    one, two = [await words.upload("zebra") for _ in range(2)]
+    store = await words.ingestion.create_store(None)
+    batch = await words.ingestion.attach_batch(None, store.id, [Attachment(one)])
+    await words.ingestion.cancel_batch(None, store.id, batch.id)
+    with pytest.raises(BadRequest, match="cancelled"):
+        await words.ingestion.attach_batch(None, store.id, [Attachment(two)], batch.id)
+    assert (await words.catalog.batch(None, store.id, batch.id))[1].total == 1
 
 
 async def test_an_embedding_model_that_is_away_delays_and_loses_nothing(tmp_path: Path) -> None:
@@ -593,6 +636,111 @@ async def test_a_caller_that_leaves_does_not_cut_a_deletion_in_half(
     assert await words.reader.select(FILES, "true", deleting=True) == []
 
 
+async def test_a_deletion_that_fails_again_and_again_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with house(tmp_path, start=False) as made:
+        files = [await made.upload(f"zebra {i}") for i in range(3)]
+        await made.writer.mark_deleting(FILES, "true")
+        delete = made.ingestion._blobs.delete
+
+        async def delete_most(file_id: str) -> None:
+            await (full() if file_id == files[0] else delete(file_id))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.ingestion._blobs, "delete", delete_most)
+            await made.ingestion._finish_broken()
+        assert [file.id for file in await made.reader.select(FILES, "true", deleting=True)] == [files[0]]
+        assert made.ingestion._broken
+        assert f"The deletion of file {files[0]} is not finished yet: OSError: disk full" in caplog.text
+        await made.ingestion._finish_broken()
+        assert await made.reader.select(FILES, "true", deleting=True) == []
+        assert not made.ingestion._broken
+
+
+async def test_a_file_that_is_attached_again_before_its_removal_is_finished_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(tmp_path, start=False) as made:
+        one, two = [await made.upload("zebra") for _ in range(2)]
+        store = await made.ingestion.create_store(None, attachments=[Attachment(one)])
+        await made.writer.mark_deleting(FILES, f"id = '{two}'")
+        await made.writer.mark_deleting(MEMBERS, f"file_id = '{one}'")
+        attaching: list[asyncio.Task[Any]] = []
+
+        async def attach_next(file_id: str) -> None:
+            attaching.append(asyncio.create_task(made.ingestion.attach(None, store.id, Attachment(one))))
+            await asyncio.sleep(0)
+
+        monkeypatch.setattr(made.ingestion, "_finish_file", attach_next)
+        await made.ingestion._finish_broken()
+        await asyncio.gather(*attaching)
+        assert (await made.catalog.member(None, store.id, one)).status == "in_progress"
+
+
+async def test_what_is_finished_is_not_finished_again(words: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, (file,) = await words.store_of("a zebra")
+    other = await words.ingestion.create_store(None)
+    batch = await words.ingestion.attach_batch(None, other.id, [Attachment(file)])
+    await words.ingestion.cancel_batch(None, other.id, batch.id)
+    await words.ingestion.update_store(None, store, {"expires_after_days": 1})
+    words.clock.now += 90_000
+    await words.ingestion._expire()
+    assert await words.ingestion._unfinished() == []
+
+
+async def test_an_expired_store_whose_files_were_never_indexed_is_emptied_too(tmp_path: Path) -> None:
+    async with house(tmp_path, start=False) as made:
+        file = await made.upload("zebra")
+        store = await made.ingestion.create_store(None, attachments=[Attachment(file)])
+        await made.writer.update(STORES, f"id = '{store.id}'", {"state": "expired"})
+        await made.ingestion._finish_broken()
+        assert (await made.catalog.store(None, store.id))[1].total == 0
+
+
+@pytest.mark.parametrize("create", [False, True])
+async def test_a_file_whose_row_is_written_though_that_fails_is_indexed(
+    words: House, monkeypatch: pytest.MonkeyPatch, create: bool
+) -> None:
+    file = await words.upload("zebra")
+    store = (await words.ingestion.create_store(None)).id
+    write = words.writer.add if create else words.writer.put
+
+    async def write_and_fail(table: Any, records: Any) -> None:
+        await write(table, records)
+        if table is MEMBERS and records[0].status == "in_progress":
+            await full()
+
+    while words.ingestion._wake.is_set() or not words.ingestion._refilling.locked():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    with monkeypatch.context() as patched:
+        patched.setattr(words.writer, "add" if create else "put", write_and_fail)
+        with pytest.raises(OSError, match="disk full"):
+            if create:
+                await words.ingestion.create_store(None, attachments=[Attachment(file)])
+            else:
+                await words.ingestion.attach(None, store, Attachment(file))
+    if create:
+        (store,) = {m.store_id for m in await words.reader.select(MEMBERS, "true")}
+    assert [m.status for m in await words.indexed(store)] == ["completed"]
+
+
+async def test_a_change_that_cannot_begin_holds_up_no_other(words: House) -> None:
+    with pytest.raises(TypeError):
+        await words.ingestion.create_store(None, colour="green")  # type: ignore[call-arg]
+    assert await asyncio.wait_for(words.ingestion.create_store(None), LIMIT_S)
+
+
+async def test_a_caller_that_leaves_before_its_turn_changes_nothing(words: House) -> None:
+    async with words.ingestion._changing:
+        creating = asyncio.ensure_future(words.ingestion.create_store(None))
+        await asyncio.sleep(0)
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+    assert (await words.catalog.stores(None, PageRequest())).data == []
+
+
 async def test_a_failure_is_logged_if_its_caller_has_left(
     words: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -735,6 +883,21 @@ async def test_an_upload_cut_off_while_it_finishes_leaves_neither_record_nor_byt
     assert list((tmp_path / "files").iterdir()) == []
 
 
+async def test_an_upload_of_whose_end_nobody_heard_leaves_neither_record_nor_bytes(
+    words: House, tmp_path: Path
+) -> None:
+    file_id = await words.upload("zebra")
+    await words.ingestion.abort_upload(file_id)
+    assert await words.reader.select(FILES, "true") == []
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+async def test_closing_does_not_wait_for_ever(words: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingestion, "_LAST_CHANGES_S", 0.01)
+    async with words.ingestion._changing:
+        await words.ingestion.close()
+
+
 def mentions(folder: Path, word: bytes) -> bool:
     """Return whether a file of a table has a word; one that goes meanwhile has none."""
 
@@ -796,6 +959,26 @@ async def test_a_compaction_that_fails_is_counted_and_tried_again(
     assert outcomes["failed"] == 1
     assert outcomes["done"] > 0
     assert f"chunks_{store} could not be compacted" in caplog.text
+
+
+async def test_a_table_that_cannot_be_read_at_the_start_keeps_no_other_from_compaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with house(tmp_path, compact_after_s=1000) as made:
+        stores = [(await made.store_of("zebra"))[0] for _ in range(2)]
+    async with house(tmp_path, compact_after_s=0.05, start=False) as made:
+        unindexed = made.writer.unindexed
+
+        async def unindexed_of_one(store_id: str) -> int:
+            await (full() if store_id == stores[0] else asyncio.sleep(0))
+            return await unindexed(store_id)
+
+        monkeypatch.setattr(made.writer, "unindexed", unindexed_of_one)
+        await made.ingestion.start()
+        async with asyncio.timeout(LIMIT_S):
+            while await unindexed(stores[1]):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    assert f"{stores[0]} cannot be looked at" in caplog.text
 
 
 class Stages(NoMetrics):

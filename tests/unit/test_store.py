@@ -366,6 +366,14 @@ async def test_cleaning_that_fails_is_tried_again_and_of_a_table_that_is_gone_fo
     assert writer.behind(idle_s=0) == []
     await leaps.over(601)
     assert writer.behind(idle_s=0) == ["chunks_vs_1"]
+    writer._tables.clear()  # as after a restart
+    with monkeypatch.context() as patched:
+        patched.setattr(writer._db, "open_table", full)
+        with pytest.raises(OSError, match="disk full"):
+            await writer.compact("chunks_vs_1", keep_versions_s=600)
+    assert writer.behind(idle_s=0) == []
+    await leaps.over(601)
+    assert writer.behind(idle_s=0) == ["chunks_vs_1"]
     await writer.drop_chunks("vs_1")
     assert writer.behind(idle_s=0) == []
 
