@@ -66,9 +66,11 @@ class House:
 async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     made = House(tmp_path)
-    yield made
-    assert made.model.fleet.admission.in_flight == 0
-    made.exchange.close()
+    try:
+        yield made
+        assert made.model.fleet.admission.in_flight == 0
+    finally:
+        made.exchange.close()
 
 
 async def test_as_many_wait_for_the_first_engine_as_may_and_then_have_the_app(house: House) -> None:

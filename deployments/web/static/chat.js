@@ -89,12 +89,14 @@ export class Chat {
 
   /** Of the stores that were asked for, those are no longer chosen of which the server says that they are not there. */
   async #dropGone(conversation, message) {
+    const gone = new Set();
     for (const id of message.stores) {
       const error = await get(`v1/vector_stores/${encodeURIComponent(id)}`).catch((failure) => failure);
-      if (error.status !== 404) continue;
-      conversation.stores = conversation.stores.filter((each) => each !== id);
-      message.error.message = `${message.error.message} It is no longer chosen.`;
+      if (error.status === 404) gone.add(id);
     }
+    if (!gone.size) return;
+    conversation.stores = conversation.stores.filter((id) => !gone.has(id));
+    message.error.message += ` ${gone.size > 1 ? 'They are' : 'It is'} no longer chosen.`;
     if (this.#conversation !== conversation) return;
     this.#remember();
     this.#choices();
@@ -303,9 +305,9 @@ export class Chat {
       } else if (this.#isLeaving) message.state = 'interrupted';
       else {
         if (!(error instanceof ApiError)) console.error(error);
-        message.state = 'failed';
         message.error = { kind: error.kind ?? 'page', message: error.message };
         if (error.status === 404) await this.#dropGone(conversation, message);
+        message.state = 'failed';
         announce(explain(message.error).heading);
       }
     }
