@@ -21,7 +21,6 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import uvloop
 
@@ -31,9 +30,9 @@ from benchmarks.compare import quantile
 from benchmarks.servers import MODEL_NAME, make_model
 from benchmarks.stubs.__main__ import model_config
 from benchmarks.stubs.core import STEP_S
-from benchmarks.stubs.local import REPLICA, LocalEngine
+from benchmarks.stubs.local import REPLICA, LocalEngine, router_outside_serve
 from deployments import messages as m
-from deployments.config import AppConfig, FleetConfig, ModelConfig
+from deployments.config import FleetConfig, ModelConfig
 from deployments.dispatch import App
 
 CASES = {"short": (32, 10, 1), "chat": (32, 2, 128)}
@@ -86,17 +85,13 @@ class DirectCall:
 
 async def router(model: ModelConfig) -> App:
     """Return the Router's app over an Engine in this process."""
-    from deployments import router as module
-
     engine = LocalEngine.__new__(LocalEngine)
     await engine.__init__(model, FleetConfig())  # type: ignore[misc]
 
     def calls(handle: object, on_replicas: Any, *, join_timeout_s: float) -> DirectCalls:
         return DirectCalls(engine, on_replicas)
 
-    with mock.patch.object(module, "_ServeCalls", calls):
-        made = module.Router(AppConfig(models=(model,)), {model.name: None})  # type: ignore[dict-item]
-        app: App = await made.__serve_build_asgi_app__()
+    made, app = await router_outside_serve(model, calls)
     while not made._models[0].fleet.replicas:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     return app

@@ -25,8 +25,8 @@ from typing import Any
 import uvloop
 
 from benchmarks.servers import MODEL_NAME
-from benchmarks.stubs.local import LocalCalls, serve_engine
-from deployments.config import MAX_NUM_SEQS, AppConfig, FleetConfig, ModelConfig
+from benchmarks.stubs.local import LocalCalls, router_outside_serve, serve_engine
+from deployments.config import MAX_NUM_SEQS, FleetConfig, ModelConfig
 from deployments.launch.processes import die_with_parent
 
 
@@ -38,21 +38,12 @@ def model_config(folder: str) -> ModelConfig:
 
 async def router(path: Path, model: ModelConfig, port: int) -> None:
     """Serve the Router's app as Serve does, over the engine at `path`."""
-    from types import SimpleNamespace
-    from unittest import mock
-
     import uvicorn
-    from ray import serve
-
-    from deployments import router as module
 
     def calls(handle: object, on_replicas: Any, *, join_timeout_s: float) -> LocalCalls:
         return LocalCalls(path, on_replicas, join_timeout_s=join_timeout_s)
 
-    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="router"), app_name="")
-    with mock.patch.object(module, "_ServeCalls", calls), mock.patch.object(serve, "get_replica_context", lambda: here):
-        made = module.Router(AppConfig(models=(model,)), {model.name: None})  # type: ignore[dict-item]
-        app = await made.__serve_build_asgi_app__()
+    _, app = await router_outside_serve(model, calls)
     gc.collect()
     gc.freeze()  # as Serve does in `make serve`
     config = uvicorn.Config(app, port=port, log_level="warning", access_log=False, lifespan="off", loop="none")

@@ -10,15 +10,21 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import msgspec
+from ray import serve
 
 from deployments import messages as m
-from deployments.config import FleetConfig, ModelConfig
+from deployments import router as routers
+from deployments.config import AppConfig, FleetConfig, ModelConfig
+from deployments.dispatch import App
 from deployments.engine import Engine
 from deployments.fleet.client import Ticket
 from deployments.metrics import NoMetrics
+from deployments.router import Router
 
 REPLICA = "stub"
 _HEADER = 4
@@ -62,6 +68,22 @@ class LocalEngine(Engine):
         args = parse_args(model.name, model.engine_args, model.frontend_args)
         llm = await TokenEngine.start(args, num_gpus=0, on_step=self._flush, ray_metrics=False)
         self._open(model, fleet, REPLICA, llm, NoMetrics())
+
+
+async def router_outside_serve(model: ModelConfig, calls: Callable[..., Any]) -> tuple[Router, App]:
+    """Return a Router, and its app as Serve has it built.
+
+    Args:
+        model: The one model.
+        calls: Stands for the Router's calls by way of Serve.
+    """
+    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="router"), app_name="")
+    with (
+        mock.patch.object(routers, "_ServeCalls", calls),
+        mock.patch.object(serve, "get_replica_context", lambda: here),
+    ):
+        made = Router(AppConfig(models=(model,)), {model.name: None})  # type: ignore[dict-item]
+        return made, await made.__serve_build_asgi_app__()
 
 
 async def serve_engine(path: Path, model: ModelConfig) -> None:
