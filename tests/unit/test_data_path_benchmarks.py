@@ -1,9 +1,11 @@
-"""`benchmarks.data_path`, `in_process` and `memory`: what does not come back whole is seen. Nothing is started here."""
+"""`benchmarks.data_path`, `in_process` and `memory`: what does not come back whole is seen. And `in_process` runs."""
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -163,3 +165,14 @@ def test_a_memory_that_was_measured_with_requests_that_were_refused_is_no_succes
     monkeypatch.setattr(memory.console, "stop_in_order", lambda: None)
     assert memory.main(arguments) == 1
     assert "3 x Rejected: HTTP 429" in capsys.readouterr().out
+
+
+def test_both_apps_answer_in_one_process() -> None:
+    command = [sys.executable, "-m", "benchmarks.in_process", "--rounds", "1"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    cases = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))["cases"]
+    assert cases.keys() == in_process.CASES.keys()
+    for case, (_, _, tokens) in in_process.CASES.items():
+        for app in ("router", "bare"):
+            assert 1 <= cases[case][app]["events"] <= tokens + 3, "a role, the tokens, their number, an end"
