@@ -75,7 +75,8 @@ class Admission:
         self._advance()
         if key is not None and self._held.get(key, 0) + n <= self._even_share(key):
             return
-        limit = self._capacity + self._max_queued
+        drawn_from = self._drawn_from if self.growing else 0
+        limit = self._capacity + self._max_queued + drawn_from
         if self._capacity and n > limit:
             raise BadRequest(f"{n} answers at once are more than this server takes: {limit}.", param="n")
         if self.in_flight + n > limit:
@@ -85,7 +86,7 @@ class Admission:
             )
         queued = self.in_flight + n - self._capacity
         # A few always wait in each engine, so that it has something to draw from: others beside those of one request.
-        few = max(4, self._capacity // 8) + (self._drawn_from if self.growing else 0)
+        few = max(4, self._capacity // 8) + drawn_from
         if self._capacity and queued > few:
             wait_s = self._wait(queued)
             if wait_s is not None and wait_s > self._max_wait_s:

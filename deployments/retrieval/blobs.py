@@ -35,6 +35,10 @@ def file_system(place: str, storage_options: Mapping[str, str]) -> tuple[Any, st
     return system, str(path)
 
 
+class BlobMissing(Exception):
+    """A file's bytes are not there, though its storage is."""
+
+
 class Blobs:
     """Files by id. Blocking calls run in threads.
 
@@ -74,20 +78,27 @@ class Blobs:
         """Give a path on this machine at which the file can be read while the block runs.
 
         Raises:
-            FileNotFoundError: It has been deleted.
+            BlobMissing: It has been deleted.
         """
         if isinstance(self._fs, fs.LocalFileSystem):
             path = Path(self._path(file_id))
-            await asyncio.to_thread(path.stat)
+            if await asyncio.to_thread(lambda: not path.exists() and path.parent.exists()):  # or the mount is away
+                raise BlobMissing(file_id)
             yield path
             return
         with tempfile.NamedTemporaryFile(prefix="groundswell-") as file:
             offset = 0
-            while data := await self.read(file_id, offset, _COPY_BYTES):
+            while data := await self._read_or_miss(file_id, offset):
                 await asyncio.to_thread(file.write, data)
                 offset += len(data)
             file.flush()
             yield Path(file.name)
+
+    async def _read_or_miss(self, file_id: str, offset: int) -> bytes:
+        try:
+            return await self.read(file_id, offset, _COPY_BYTES)
+        except FileNotFoundError:
+            raise BlobMissing(file_id) from None
 
     async def delete(self, file_id: str) -> None:
         """Delete a file, unless it is gone already."""

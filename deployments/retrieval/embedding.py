@@ -23,7 +23,9 @@ _CALLS_AT_ONCE: Final = 4
 _SMALLER: Final = 4
 _LARGER_AFTER_CALLS: Final = 8
 _FAILURES_BESIDE_A_PROBE: Final = 3
-_AWAY: Final = (429, 503)
+_VANISHINGS_BESIDE_A_PROBE: Final = 30  # a replica may be lost by chance, and by a text that kills it
+_OVERLOADED: Final = 429
+_AWAY: Final = 503
 _PROBE: Final = "Is there anybody?"
 
 
@@ -34,12 +36,14 @@ class Text:
     Attributes:
         vector: Of one dimension, once it is made.
         failures: Calls with this text alone that failed, from the second on directly after one that did not.
+        vanishings: Likewise, with the model away.
         refused: Why there will be none.
     """
 
     text: str
     vector: Vectors | None = None
     failures: int = 0
+    vanishings: int = 0
     refused: Unreadable | None = None
 
 
@@ -96,16 +100,18 @@ class Embedder:
 
     async def _fill(self, texts: Sequence[Text]) -> None:
         alone = texts[0] if len(texts) == 1 else None
-        if alone is not None and alone.failures:
+        if alone is not None and (alone.failures or alone.vanishings):
             await self._call([_PROBE])  # is it the text, or is the model away?
         try:
             made = await self._call([text.text for text in texts])
         except Unreadable:
             raise
         except Exception as error:
-            if alone is not None and not (isinstance(error, PublicError) and error.status in _AWAY):
-                alone.failures += 1
-                if alone.failures > _FAILURES_BESIDE_A_PROBE:
+            status = error.status if isinstance(error, PublicError) else None
+            if alone is not None and status != _OVERLOADED:
+                alone.failures += status != _AWAY
+                alone.vanishings += status == _AWAY
+                if alone.failures > _FAILURES_BESIDE_A_PROBE or alone.vanishings > _VANISHINGS_BESIDE_A_PROBE:
                     logger.warning("The embedding model fails at one text: %s: %s", type(error).__name__, error)
                     alone.refused = Unreadable("server_error", "The embedding model fails at a part of this file.")
                     raise alone.refused from None

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from deployments.config import DocumentsConfig
 from deployments.errors import BadRequest, DocumentsUnavailable, Overloaded
-from deployments.retrieval.blobs import Blobs, BlobWriter
+from deployments.retrieval.blobs import BlobMissing, Blobs, BlobWriter
 from deployments.retrieval.changes import Changes
 from deployments.retrieval.embedding import Embedder, Text
 from deployments.retrieval.filters import quoted
@@ -72,6 +72,7 @@ _LAST_CHANGES_S: Final = 10.0
 _UPLOAD_IDLE_S: Final = 600.0
 _RETRY_S: Final = (0.5, 30.0)
 _READ_AGAIN_AFTER_S: Final = (1.0, 5.0, 20.0)
+_MOST_PUT_OFF: Final = 8  # files that are to be read again, while workers read others
 
 
 @dataclass(eq=False)
@@ -194,6 +195,7 @@ class Ingestion:
         self._changing = Changes(self._note_broken)  # what is checked under it still holds when it is written
         self._broken = False  # some change has failed, perhaps halfway
         self._waiting: deque[_Job] = deque()
+        self._put_off = 0  # files that are to be read again after a while
         self._jobs: dict[tuple[str, str], _Job] = {}
         self._unclean: set[tuple[str, str]] = set()  # may have chunks of a former reading
         self._cancelling: set[str] = set()  # batches that may have files in progress no longer
@@ -687,12 +689,15 @@ class Ingestion:
             try:
                 await self._read(job)
             except Exception as error:
-                if not job.cancelled and not self._read_later(job, error):
+                if not job.cancelled and not await self._read_later(job, error):
                     await self._pieces.put(_Piece(job, end=True, error=_refusal(job, error)))
 
-    def _read_later(self, job: _Job, error: Exception) -> bool:
-        """Have a file read again, a few times if need be: what breaks off may not be its fault."""
-        passing = isinstance(error, OSError | Interrupted) and not isinstance(error, FileNotFoundError)
+    async def _read_later(self, job: _Job, error: Exception) -> bool:
+        """Have a file read again, a few times if need be: what breaks off may not be its fault.
+
+        Others are read meanwhile, unless many wait so: then it is not one file's fault, and all would fail in a row.
+        """
+        passing = isinstance(error, OSError | Interrupted) and not isinstance(error, BlobMissing)
         if not passing or job.broke_off == len(_READ_AGAIN_AFTER_S):
             return False
         wait_s = _READ_AGAIN_AFTER_S[job.broke_off]
@@ -700,10 +705,16 @@ class Ingestion:
         self._metrics.inc("indexer_read_retries")
         kind = type(error).__name__
         logger.warning("File %s is read again in %.1f s: %s: %s", job.member.file_id, wait_s, kind, error)
-        asyncio.get_running_loop().call_later(wait_s, self._put_back, job)
+        self._put_off += 1
+        if self._put_off > _MOST_PUT_OFF:
+            await asyncio.sleep(wait_s)
+            self._put_back(job)
+        else:
+            asyncio.get_running_loop().call_later(wait_s, self._put_back, job)
         return True
 
     def _put_back(self, job: _Job) -> None:
+        self._put_off -= 1
         self._waiting.appendleft(job)
         self._wake.set()
 
@@ -881,8 +892,12 @@ class Ingestion:
     async def _end_stale_uploads(self) -> None:
         for file_id, upload in list(self._uploads.items()):
             if time.monotonic() - upload.touched > _UPLOAD_IDLE_S:
-                logger.info("Upload %s broke off", file_id)
-                await self.abort_upload(file_id)
+                await upload.changing.make(partial(self._end_stale_upload, file_id, upload))
+
+    async def _end_stale_upload(self, file_id: str, upload: _Upload) -> None:
+        if self._uploads.get(file_id) is upload:  # or it has been finished meanwhile
+            logger.info("Upload %s broke off", file_id)
+            await self._abort(file_id, upload)
 
     async def _expire(self) -> None:
         now = int(self._clock())

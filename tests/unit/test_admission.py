@@ -118,10 +118,10 @@ def test_one_request_of_many_prompts_fills_free_engines_and_shuts_nobody_out() -
     bulk = Bulk(admission.reserve(1), 2000)
     assert (len(bulk.running), admission.in_flight) == (9, 9), "engines have one to draw from when another ends"
     assert admission.waiting == 1991
-    others = [admission.reserve(1).take(1) for _ in range(3)]
+    others = [admission.reserve(1).take(1) for _ in range(4)]
     with pytest.raises(Overloaded):
         admission.reserve(1)
-    for left in (8, 7, 6, 6, 6):  # others go first, until none of them waits
+    for left in (8, 7, 6, 5, 5, 5):  # others go first, until none of them waits
         bulk.finish_one()
         assert len(bulk.running) == left
     for places in others:
@@ -158,6 +158,18 @@ def test_beside_a_request_of_many_prompts_a_few_may_always_wait_whatever_the_pac
         admission.reserve(1)
     with pytest.raises(Overloaded):
         admission.reserve(1)
+
+
+def test_a_request_of_many_prompts_leaves_the_queue_to_others_however_large_the_fleet() -> None:
+    admission = Admission(4, clock=Clock())
+    admission.capacity = 4096
+    bulk = Bulk(admission.reserve(1), 10_000)
+    for _ in range(4):
+        admission.reserve(1)
+        bulk.finish_one()
+    with pytest.raises(Overloaded):
+        for _ in range(5):
+            admission.reserve(1)
 
 
 def test_two_requests_of_many_prompts_share_what_is_free() -> None:

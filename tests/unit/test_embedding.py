@@ -23,13 +23,14 @@ class StubModel:
     def __init__(self) -> None:
         self.takes = 10**6
         self.hangs_at = "nothing"
+        self.dies_of = "nothing"
         self.away = False
         self.calls: list[int] = []
         self.made: Counter[str] = Counter()
 
     async def __call__(self, texts: Sequence[str]) -> Any:
         self.calls.append(len(texts))
-        if self.away:
+        if self.away or self.dies_of in texts:
             raise EngineUnavailable("no engine")
         if len(texts) > self.takes or self.hangs_at in texts:
             await asyncio.Event().wait()
@@ -167,3 +168,13 @@ async def test_vectors_of_two_dimensions_are_made_anew(embedder: Embedder, model
         await embedder.embed(texts)
     await embedder.embed(texts)
     assert [len(text.vector) for text in texts if text.vector is not None] == [2, 2]
+
+
+async def test_a_text_that_its_engine_always_dies_of_is_refused_in_the_end(
+    embedder: Embedder, model: StubModel
+) -> None:
+    texts = numbered(10)
+    model.dies_of = "text 3"
+    with pytest.raises(Unreadable):
+        await until_done(embedder, texts, most=100)
+    assert [text.text for text in texts if text.refused] == ["text 3"]
