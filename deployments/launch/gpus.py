@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
-from deployments.launch.preflight import OUR_APP, CannotStart
+from deployments.launch.preflight import OUR_APP, CannotStart, replicas_at_start
 from deployments.outline import gpus_per_engine, outline
 
 _ROUNDING: Final = 1e-4  # Ray's own
@@ -100,18 +100,9 @@ def _engines(application: dict[str, Any], gpu_build: bool) -> list[_Engines]:
         except ConfigError as error:
             raise CannotStart(f"The config cannot be served: {error}.") from None
         need = gpus_per_engine(model, known, gpu=gpu_build)
-        count = _count(deployment)
+        count = replicas_at_start(deployment)
         found.append(_Engines(model.name, deployment, need, wanted=count, count=count))
     return found
-
-
-def _count(deployment: Mapping[str, Any]) -> int:
-    fixed = deployment.get("num_replicas")
-    if isinstance(fixed, int):
-        return fixed
-    scaling = deployment.get("autoscaling_config") or {}
-    at_least = scaling.get("min_replicas", 1)
-    return int(scaling.get("initial_replicas") or at_least)
 
 
 def _set_count(deployment: dict[str, Any], count: int) -> None:

@@ -244,6 +244,15 @@ def local_path(reference: str, folder: Path) -> Path | None:
     return here if is_path else None
 
 
+def replicas_at_start(deployment: Mapping[str, Any]) -> int:
+    """Return how many engines a model starts with, by what stands under `deployment`."""
+    autoscaling = deployment.get("autoscaling_config") or {}
+    replicas = autoscaling.get("initial_replicas") or autoscaling.get("min_replicas")
+    if replicas is None:
+        replicas = deployment.get("num_replicas", 1)
+    return replicas if isinstance(replicas, int) else 1
+
+
 def free_port(host: str = DEFAULT_HOST, preferred: int = 0) -> int:
     """Return `preferred` if nobody listens there, any free port otherwise."""
     for port in (preferred, 0):
@@ -321,16 +330,11 @@ def _models(application: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _served(model: dict[str, Any]) -> ServedModel:
-    deployment = model.get("deployment") or {}
-    autoscaling = deployment.get("autoscaling_config") or {}
-    replicas = autoscaling.get("initial_replicas") or autoscaling.get("min_replicas")
-    if replicas is None:
-        replicas = deployment.get("num_replicas", 1)
     reference = str(model["engine_args"].get("model", ""))
     return ServedModel(
         name=str(model.get("name") or reference),
         reference=reference,
-        replicas=replicas if isinstance(replicas, int) else 1,
+        replicas=replicas_at_start(model.get("deployment") or {}),
     )
 
 

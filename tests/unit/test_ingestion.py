@@ -8,6 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -766,25 +767,39 @@ async def test_a_file_whose_detachment_broke_off_is_not_there_twice_when_it_is_a
     assert len(await words.reader.chunks(store, file)) == 1
 
 
-@pytest.mark.parametrize("at", ["delete_chunks", "update_members"])
-async def test_a_cancelled_batch_stays_so_when_that_fails_at_first_and_none_of_it_is_there_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
+@asynccontextmanager
+async def half_indexed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, paragraphs: int
+) -> AsyncIterator[tuple[House, Attachment, Held, asyncio.Event]]:
+    """Have a long file whose indexing waits before its last paragraph until an event is set.
+
+    Yields:
+        The house, the file, what is reached once some of its chunks are there, and the event.
+    """
     later = asyncio.Event()
 
     async def holding_stub_embed(texts: Any) -> Any:
-        if any("zebra 2999" in text for text in texts):
+        if any(f"zebra {paragraphs - 1}" in text for text in texts):
             await later.wait()
         return await stub_embed(texts)
 
     monkeypatch.setattr(ingestion, "_CHUNKS_A_COMMIT", 64)
-    async with house(tmp_path, embed=holding_stub_embed) as made:
+    async with house(folder, embed=holding_stub_embed) as made:
         written = Held(made.writer.add_chunks, done=True)
         written.go.set()
         monkeypatch.setattr(made.writer, "add_chunks", written)
-        file = await made.upload("\n\n".join(f"zebra {i} " + "word " * 90 for i in range(3000)))
+        file = await made.upload("\n\n".join(f"zebra {i} " + "word " * 90 for i in range(paragraphs)))
+        yield made, Attachment(file, {}, Chunking(100, 0)), written, later
+
+
+@pytest.mark.parametrize("at", ["delete_chunks", "update_members"])
+async def test_a_cancelled_batch_stays_so_when_that_fails_at_first_and_none_of_it_is_there_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    async with half_indexed(tmp_path, monkeypatch, 3000) as (made, long, written, later):
+        file = long.file_id
         store = await made.ingestion.create_store(None)
-        batch = await made.ingestion.attach_batch(None, store.id, [Attachment(file, {}, Chunking(100, 0))])
+        batch = await made.ingestion.attach_batch(None, store.id, [long])
         await asyncio.wait_for(written.reached.wait(), LIMIT_S)
         update = made.writer.update
 
@@ -805,7 +820,7 @@ async def test_a_cancelled_batch_stays_so_when_that_fails_at_first_and_none_of_i
         counts = (await made.catalog.batch(None, store.id, batch.id))[1]
         assert (counts.cancelled, counts.total) == (1, 1)
         assert await made.reader.chunks(store.id, file) == []
-        again = await made.ingestion.attach(None, store.id, Attachment(file, {}, Chunking(100, 0)))
+        again = await made.ingestion.attach(None, store.id, long)
         assert again.status == "in_progress"
         await made.indexed(store.id)
         rows = await made.reader.by_words(store.id, "word", None, 100_000)
@@ -816,20 +831,9 @@ async def test_a_cancelled_batch_stays_so_when_that_fails_at_first_and_none_of_i
 async def test_new_attributes_that_fail_at_first_leave_the_file_to_be_indexed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    later = asyncio.Event()
-
-    async def holding_stub_embed(texts: Any) -> Any:
-        if any("zebra 999" in text for text in texts):
-            await later.wait()
-        return await stub_embed(texts)
-
-    monkeypatch.setattr(ingestion, "_CHUNKS_A_COMMIT", 64)
-    async with house(tmp_path, embed=holding_stub_embed) as made:
-        written = Held(made.writer.add_chunks, done=True)
-        written.go.set()
-        monkeypatch.setattr(made.writer, "add_chunks", written)
-        file = await made.upload("\n\n".join(f"zebra {i} " + "word " * 90 for i in range(1000)))
-        store = await made.ingestion.create_store(None, attachments=[Attachment(file, {}, Chunking(100, 0))])
+    async with half_indexed(tmp_path, monkeypatch, 1000) as (made, long, written, later):
+        file = long.file_id
+        store = await made.ingestion.create_store(None, attachments=[long])
         await asyncio.wait_for(written.reached.wait(), LIMIT_S)
         with monkeypatch.context() as patched:
             patched.setattr(made.writer, "delete_chunks", full)

@@ -134,15 +134,20 @@ async def test_those_that_wait_for_an_engine_get_it_in_their_order_and_else_as_t
     await asyncio.gather(*waiting)
 
 
+async def two_waiting(*full: FakeReplica) -> tuple[FleetRequestRouter, list[asyncio.Task[str]]]:
+    """Return a router of replicas without room, and two that wait for one: the first has been failed by `a`."""
+    router = await router_of(*full)
+    for replica in full:
+        router.on_new_queue_len_info(replica.replica_id, ROOM)
+    waiting = [asyncio.create_task(choose(router, (0, 1.0), "a")), asyncio.create_task(choose(router, (0, 2.0)))]
+    await until(lambda: router.num_pending_requests >= len(waiting))
+    return router, waiting
+
+
 @pytest.mark.asyncio
 async def test_a_request_is_not_given_the_replica_that_failed_it_because_another_was_to_go_there() -> None:
     failed, other = FakeReplica("a", ongoing=ROOM), FakeReplica("b", ongoing=ROOM)
-    router = await router_of(failed, other)
-    for replica in (failed, other):
-        router.on_new_queue_len_info(replica.replica_id, ROOM)
-    waiting = [asyncio.create_task(choose(router, (0, 1.0), "a")), asyncio.create_task(choose(router, (0, 2.0)))]
-    while router.num_pending_requests < len(waiting):  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    router, waiting = await two_waiting(failed, other)
     for replica in (failed, other):
         router.on_new_queue_len_info(replica.replica_id, 0)
     router._fulfill_next_pending_request(failed)  # type: ignore[arg-type]
@@ -153,12 +158,7 @@ async def test_a_request_is_not_given_the_replica_that_failed_it_because_another
 @pytest.mark.asyncio
 async def test_the_replica_that_failed_a_request_is_better_than_waiting_behind_all_others() -> None:
     failed, full = FakeReplica("a", ongoing=ROOM), FakeReplica("b", ongoing=ROOM)
-    router = await router_of(failed, full)
-    for replica in (failed, full):
-        router.on_new_queue_len_info(replica.replica_id, ROOM)
-    waiting = [asyncio.create_task(choose(router, (0, 1.0), "a")), asyncio.create_task(choose(router, (0, 2.0)))]
-    while router.num_pending_requests < len(waiting):  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    router, waiting = await two_waiting(failed, full)
     router.on_new_queue_len_info(failed.replica_id, 0)
     router._fulfill_next_pending_request(failed)  # type: ignore[arg-type]
     router._fulfill_next_pending_request(failed)  # type: ignore[arg-type]
