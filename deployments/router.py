@@ -357,11 +357,11 @@ class _Model:
     def __init__(
         self, model: ModelConfig, config: AppConfig, exchange: Exchange, handle: DeploymentHandle, metrics: RayMetrics
     ) -> None:
-        from deployments.seam.args import frontend_config, model_names, parse_args
+        from deployments.seam.args import frontend_config, model_names, parse_args, resolve_speculators
         from deployments.seam.stamps import Stamps
 
         self.name, self.deployment_name = model.name, model.deployment_name
-        self._args: Namespace = parse_args(model.name, model.engine_args, model.frontend_args)
+        self._args: Namespace = resolve_speculators(parse_args(model.name, model.engine_args, model.frontend_args))
         self._vllm_config = frontend_config(self._args)
         self.names = model_names(self._args)
         self._may_be_empty = (model.deployment.get("autoscaling_config") or {}).get("min_replicas") == 0

@@ -223,10 +223,41 @@ def engine_args(args: Namespace, *, num_gpus: float = 1.0) -> AsyncEngineArgs:
     return result
 
 
+def resolve_speculators(args: Namespace) -> Namespace:
+    """Return the options of the model that a drafter's checkpoint was made for, as its engine starts with.
+
+    A checkpoint in the format of the speculators library holds a drafter alone, and names the model it drafts for; vLLM
+    serves that one. What it is can only be read from its files, so call it where they are needed anyway.
+
+    Source: `EngineArgs.create_engine_config`.
+    """
+    from vllm.transformers_utils.config import maybe_override_with_speculators
+    from vllm.transformers_utils.utils import is_cloud_storage
+
+    parsed = engine_args(args)
+    if is_cloud_storage(parsed.model):
+        return args
+    model, tokenizer, speculative_config = maybe_override_with_speculators(
+        parsed.model,
+        parsed.tokenizer,
+        parsed.trust_remote_code,
+        revision=parsed.revision,
+        vllm_speculative_config=parsed.speculative_config,
+        hf_token=parsed.hf_token,
+    )
+    if model == parsed.model:
+        return args
+    resolved = {"model": model, "tokenizer": tokenizer, "speculative_config": speculative_config}
+    return Namespace(**{**vars(args), **resolved})
+
+
 def frontend_config(args: Namespace) -> VllmConfig:
     """Return a `VllmConfig` for rendering, validation and detokenization: no device, no KV cache, no quantization.
 
     Mutates process-wide vLLM settings that only matter to engines, so call it in a Router, never in an Engine.
+
+    Args:
+        args: From `parse_args`, and for checkpoints of drafters from `resolve_speculators`.
 
     Raises:
         ConfigError: A tool or reasoning parser that was chosen is not there.

@@ -15,7 +15,7 @@ from vllm.v1.outputs import LogprobsLists
 
 from deployments.dispatch import App
 from deployments.errors import EngineUnavailable, Overloaded
-from deployments.seam.args import frontend_config, parse_args, speculates
+from deployments.seam.args import frontend_config, parse_args, resolve_speculators, speculates
 from deployments.seam.engine_client import FleetClient, RequestSubmission
 from deployments.seam.frontend import build_model_app
 from models import tiny_random
@@ -132,7 +132,7 @@ async def scripted_app(
     """
     engine_args = {"model": str(tiny_random.write(folder)), "dtype": "float32", "max_model_len": 2048}
     with mock.patch.dict(os.environ, VLLM_TARGET_DEVICE="cpu"):  # as in a Router
-        args = parse_args("tiny", engine_args, options)
+        args = resolve_speculators(parse_args("tiny", engine_args | options, {}))
         fleet = fleet or ScriptedFleet()
         client = FleetClient(fleet, frontend_config(args), ("generate",), speculates=speculates(args))
         fleet.tokenizer = client.renderer.tokenizer

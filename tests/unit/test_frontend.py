@@ -45,6 +45,25 @@ async def test_what_engines_that_speculate_would_ignore_is_refused(parameter: di
 
 
 @pytest.mark.asyncio
+async def test_a_drafters_checkpoint_serves_the_model_that_it_drafts_for(tmp_path: Path) -> None:
+    drafter, target = tmp_path / "drafter", tmp_path / "target"
+    drafter.mkdir()
+    config = {
+        "speculators_model_type": "eagle3",
+        "speculators_config": {
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "verifier": {"name_or_path": str(target)},
+        },
+        "transformer_layer_config": {"model_type": "llama", "hidden_size": 64},
+    }
+    (drafter / "config.json").write_text(json.dumps(config))
+    answer, fleet = await ask(target, {}, model=str(drafter))
+    assert (answer.status_code, fleet.prompts) == (200, ["Hello"])
+    answer, fleet = await ask(target, {"min_p": 0.5}, model=str(drafter))
+    assert (answer.status_code, fleet.prompts) == (400, [])
+
+
+@pytest.mark.asyncio
 async def test_prompt_logprobs_are_refused_where_engines_would_say_wrong_ones(tmp_path: Path) -> None:
     answer, fleet = await ask(tmp_path, {"prompt_logprobs": 1}, kv_sharing_fast_prefill=True)
     assert (answer.status_code, fleet.prompts) == (400, [])
