@@ -330,10 +330,17 @@ def search(server: Server, options: argparse.Namespace) -> int:
     return 0 if results else 1
 
 
+def _first_model(server: Server) -> str:
+    models = server.call("GET", "models")["data"]
+    if not models:
+        raise Failure("The server has no model that could answer.")
+    return str(models[0]["id"])
+
+
 def ask(server: Server, options: argparse.Namespace) -> int:
     """Print an answer from the documents as it is made, and its sources."""
     tool = {"type": "file_search", "vector_store_ids": [server.store(options.store)]}
-    model = options.model or server.call("GET", "models")["data"][0]["id"]
+    model = options.model or _first_model(server)
     body = {"model": model, "input": options.question, "tools": [tool], "stream": True}
     sources: dict[str, str] = {}
     for event in server.stream("responses", body):

@@ -294,10 +294,19 @@ def add_to_file(path: Path, name: str, digest: str) -> None:
         after = ended + entry_text(name, digest, path.suffix)
     if parse(after, path) != [*before, KeyEntry(name=name, sha256=digest)]:
         raise ConfigError(f"an entry cannot be appended to {path}: add it by hand")
-    # The old file or the new one, never half of either: a Router may read it at any moment.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(after)
-    temporary.replace(path)
+    # The old file or the new one, never half of either: a Router may read it at any moment. Whoever could read the old
+    # one can read the new one.
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            if target.exists():
+                stat = target.stat()
+                os.fchown(descriptor, stat.st_uid, stat.st_gid)
+                os.fchmod(descriptor, stat.st_mode & 0o777)
+            file.write(after)
+    except PermissionError:
+        temporary.unlink()
+        raise ConfigError(f"{path} belongs to somebody else: have its owner add the entry") from None
+    temporary.replace(target)

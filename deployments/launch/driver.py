@@ -27,6 +27,7 @@ FAILURE_FILE: Final = "failure"
 
 _SEE_ABOVE: Final = "See root cause above"
 _LOGGED = re.compile(r"ERROR .*\] (?P<cause>(?:\w+\.)*\w*(?:Error|Exception): .+)")
+_UNPLACED = re.compile(r"Resources required for each replica: (?P<required>.+?), total .*?: (?P<available>.+?)\. Use ")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -71,11 +72,13 @@ class Progress:
         status: The worst of the applications' statuses, in Serve's words.
         message: What Serve says about it.
         replicas: Running and wanted replicas of each deployment.
+        waiting: Sentences on deployments whose replicas find no room here.
     """
 
     status: str
     message: str
     replicas: Mapping[str, tuple[int, int]]
+    waiting: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = "  ".join(f"{name} {running}/{target}" for name, (running, target) in self.replicas.items())
@@ -94,8 +97,13 @@ def progress(details: Mapping[str, Any]) -> Progress:
         replicas[name] = (running, int(deployment.get("target_num_replicas") or 0))
     ill = [d["message"] for _, d in deployments if d.get("message") and d["status"] in ("DEPLOY_FAILED", "UNHEALTHY")]
     message = ill[0] if ill else worst.get("message") or ""
+    waiting = tuple(
+        f"{name} waits for room: one takes {found['required']}, and {found['available']} are free here"
+        for name, deployment in deployments
+        if (found := _UNPLACED.search(deployment.get("message") or ""))
+    )
     status = worst["status"]
-    return Progress(str(getattr(status, "value", status)), message, replicas)
+    return Progress(str(getattr(status, "value", status)), message, replicas, waiting)
 
 
 def cause(message: str) -> str:
@@ -210,6 +218,7 @@ def _start_serve(config: dict[str, Any]) -> Any:
 
 def _wait_until_running(client: Any, begin: float, logs: Path) -> None:
     said_at, said = begin, ""
+    explained: set[str] = set()
     while (state := progress(client.get_serve_details())).status != "RUNNING":
         if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             print(state.message, file=sys.stderr, flush=True)
@@ -219,6 +228,10 @@ def _wait_until_running(client: Any, begin: float, logs: Path) -> None:
         if now - said_at >= PROGRESS_INTERVAL_S or (str(state) != said and state.replicas):
             said_at, said = now, str(state)
             _say(begin, said)
+        for sentence in state.waiting:
+            if sentence not in explained:
+                _say(begin, sentence)
+        explained.update(state.waiting)
         time.sleep(POLL_S)
     _say(begin, str(state))
 

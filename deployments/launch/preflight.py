@@ -85,6 +85,7 @@ class ServeConfig:
     def url(self) -> str:
         """Where a client on this machine reaches the first application that serves models."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "localhost") else self.host
+        host = f"[{host}]" if ":" in host else host
         prefix = next((a.get("route_prefix") or "/" for a in self._applications() if _models(a)), "/")
         return f"http://{host}:{self.port}{prefix.rstrip('/')}"
 

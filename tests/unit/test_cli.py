@@ -55,6 +55,7 @@ class TestReadingTheConfig:
         assert read_config(write_config(tmp_path)).content["http_options"] == {"host": "127.0.0.1", "port": 8000}
         config = read_config(write_config(tmp_path, http_options={"host": "0.0.0.0", "port": 9000}))
         assert (config.host, config.port, config.url) == ("0.0.0.0", 9000, "http://127.0.0.1:9000")
+        assert read_config(write_config(tmp_path, http_options={"host": "::1"})).url == "http://[::1]:8000"
 
     def test_takes_the_port_from_the_command_line(self, tmp_path: Path) -> None:
         assert read_config(write_config(tmp_path), port=1234).port == 1234
@@ -400,6 +401,22 @@ class TestProgress:
         state = progress(details)
         assert state.status == "DEPLOY_FAILED"
         assert cause(state.message) == "ValueError: no such model"
+
+    def test_what_finds_no_room_here_is_told_with_what_it_takes(self) -> None:
+        ray = find_spec("ray")
+        assert ray is not None and ray.origin is not None
+        said = (Path(ray.origin).parent / "serve/_private/deployment_state.py").read_text()
+        assert "Resources required for each replica: {required}" in said and "total resources available:" in said
+        details = json.loads(json.dumps(self.DETAILS))
+        details["applications"]["app"]["deployments"]["Engine-tiny"]["message"] = (
+            "Deployment 'Engine-tiny' in application 'app' has 1 replicas that have taken more than 30s to be "
+            "scheduled. "
+            'Resources required for each replica: {"CPU": 64.0}, total resources available: {"CPU": 1.5}. '
+            "Use `ray status` for more details."
+        )
+        assert progress(self.DETAILS).waiting == ()
+        (sentence,) = progress(details).waiting
+        assert sentence == 'Engine-tiny waits for room: one takes {"CPU": 64.0}, and {"CPU": 1.5} are free here'
 
     def test_finds_what_an_engine_process_has_logged_before_it_died(self, tmp_path: Path) -> None:
         lines = [

@@ -233,6 +233,14 @@ def test_ask_streams_the_answer_and_lists_its_sources(responses: str, capsys: py
     }
 
 
+def test_ask_says_so_where_no_model_could_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Server, "call", lambda self, method, path, **_: {"id": "vs_1", "data": []})
+    assert main(["ask", "--store", "vs_1", "Who?"]) == 1
+    assert "has no model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "asked"), [(408, {}, 2), (429, {}, 2), (503, {}, 2), (408, {"x-should-retry": "false"}, 1)]
 )

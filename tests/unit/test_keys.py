@@ -178,6 +178,39 @@ def test_what_stands_in_the_file_stays_as_it_is_written(tmp_path: Path) -> None:
     assert [e.name for e in read_file(nested)] == ["a"]
 
 
+def test_whoever_could_read_the_file_still_can(tmp_path: Path) -> None:
+    path = tmp_path / "real" / "keys.yaml"
+    path.parent.mkdir()
+    path.touch()
+    is_root = os.getuid() == 0
+    if is_root:
+        os.chown(path, 1234, 4321)
+    path.chmod(0o640)
+    link = tmp_path / "keys.yaml"
+    link.symlink_to(path)
+    before = os.umask(0o077)
+    try:
+        add_to_file(link, "a", hash_of(OLD))
+    finally:
+        os.umask(before)
+    stat = path.stat()
+    assert [e.name for e in read_file(path)] == ["a"] and link.is_symlink()
+    assert stat.st_mode & 0o777 == 0o640
+    assert not is_root or (stat.st_uid, stat.st_gid) == (1234, 4321)
+
+
+def test_a_file_whose_owner_cannot_stay_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    path = tmp_path / "keys.yaml"
+    add_to_file(path, "a", hash_of(OLD))
+    monkeypatch.setattr(os, "fchown", refuse)
+    with pytest.raises(ConfigError, match="somebody else"):
+        add_to_file(path, "b", hash_of(NEW))
+    assert [e.name for e in read_file(path)] == ["a"] and os.listdir(tmp_path) == [path.name]
+
+
 def test_keys_are_random_and_long() -> None:
     assert len({new_key() for _ in range(100)}) == 100
     assert len(new_key()) >= 46
