@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
 from deployments.metrics import METRICS, NoMetrics
-from deployments.retrieval import ingestion
+from deployments.retrieval import indexing, ingestion
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
 from deployments.retrieval.sandbox import Interrupted
@@ -80,10 +80,10 @@ async def test_a_broken_file_fails_with_a_reason_and_its_batch_goes_on(words: Ho
 async def test_a_passing_fault_while_a_file_is_read_delays_it_and_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(indexing, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
     recorder = Recorder()
     async with house(tmp_path, metrics=recorder, parse_workers=1) as made:
-        sandbox = made.ingestion._sandbox
+        sandbox = made.sandbox
         start, chunks, faults = sandbox._start, sandbox.chunks, ["no process", "dead halfway"]
 
         async def no_process() -> Any:
@@ -115,7 +115,7 @@ async def test_a_passing_fault_while_a_file_is_read_delays_it_and_doubles_nothin
 async def test_a_file_whose_reader_always_dies_fails_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(indexing, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
 
     async def dead(path: Any, filename: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         if filename == "deadly":
@@ -124,8 +124,8 @@ async def test_a_file_whose_reader_always_dies_fails_in_the_end(
             yield some
 
     async with house(tmp_path) as made:
-        chunks = made.ingestion._sandbox.chunks
-        monkeypatch.setattr(made.ingestion._sandbox, "chunks", dead)
+        chunks = made.sandbox.chunks
+        monkeypatch.setattr(made.sandbox, "chunks", dead)
         files = [await made.upload("zebra", name) for name in ("deadly", "good")]
         store = await made.ingestion.create_store(None, attachments=[Attachment(file) for file in files])
         members = {m.file_id: m for m in await made.indexed(store.id)}
@@ -136,7 +136,7 @@ async def test_a_file_whose_reader_always_dies_fails_in_the_end(
 async def test_a_file_that_is_to_be_read_again_keeps_no_other_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (3600.0,))
+    monkeypatch.setattr(indexing, "_READ_AGAIN_AFTER_S", (3600.0,))
 
     async def broken(path: Any, filename: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         if filename == "broken":
@@ -146,8 +146,8 @@ async def test_a_file_that_is_to_be_read_again_keeps_no_other_waiting(
 
     recorder = Recorder()
     async with house(tmp_path, metrics=recorder, parse_workers=1) as made:
-        chunks = made.ingestion._sandbox.chunks
-        monkeypatch.setattr(made.ingestion._sandbox, "chunks", broken)
+        chunks = made.sandbox.chunks
+        monkeypatch.setattr(made.sandbox, "chunks", broken)
         first, second = [await made.upload("zebra", name) for name in ("broken", "good")]
         await made.ingestion.create_store(None, attachments=[Attachment(first)])
         await recorder.until(lambda: recorder.counts["indexer_read_retries",] == 1)
@@ -217,7 +217,7 @@ async def test_attaching_again_in_vain_loses_nothing(tmp_path: Path, monkeypatch
         assert (await made.catalog.member(None, store, file)).status == "completed"
 
         with monkeypatch.context() as patched:
-            patched.setattr(made.ingestion, "_purge", full)
+            patched.setattr(made.ingestion._indexing, "_purge", full)
             with pytest.raises(OSError, match="disk full"):
                 await made.ingestion.attach(None, store, changed)
         await made.indexed(store)
@@ -341,7 +341,7 @@ async def test_a_text_the_embedding_model_refuses_fails_that_file_alone(tmp_path
 async def test_a_text_at_which_the_embedding_model_hangs_fails_that_file_alone_and_holds_up_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingestion, "_RETRY_S", (0.001, 0.01))
+    monkeypatch.setattr(indexing, "_RETRY_S", (0.001, 0.01))
 
     async def hanging_stub_embed(texts: Any) -> Any:
         if any("poison" in text for text in texts) or len(texts) > 40:
@@ -712,7 +712,8 @@ async def test_a_file_whose_row_is_written_though_that_fails_is_indexed(
         if table is MEMBERS and records[0].status == "in_progress":
             await full()
 
-    while words.ingestion._wake.is_set() or not words.ingestion._refilling.locked():  # noqa: ASYNC110
+    indexed = words.ingestion._indexing
+    while indexed._wake.is_set() or not indexed._refilling.locked():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     with monkeypatch.context() as patched:
         patched.setattr(words.writer, "add" if create else "put", write_and_fail)
@@ -783,7 +784,7 @@ async def half_indexed(
             await later.wait()
         return await stub_embed(texts)
 
-    monkeypatch.setattr(ingestion, "_CHUNKS_A_COMMIT", 64)
+    monkeypatch.setattr(indexing, "_CHUNKS_A_COMMIT", 64)
     async with house(folder, embed=holding_stub_embed) as made:
         written = Held(made.writer.add_chunks, done=True)
         written.go.set()
