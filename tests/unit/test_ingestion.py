@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
 from deployments.metrics import METRICS, NoMetrics
-from deployments.retrieval import indexing, ingestion
+from deployments.retrieval import compaction, indexing, ingestion
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
 from deployments.retrieval.sandbox import Interrupted
@@ -986,6 +986,43 @@ async def test_a_table_that_cannot_be_read_at_the_start_keeps_no_other_from_comp
             while await unindexed(stores[1]):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
     assert f"{stores[0]} cannot be looked at" in caplog.text
+
+
+async def test_a_table_that_cannot_be_read_at_the_start_is_tried_ever_more_seldom_until_it_can_be_or_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compaction, "_LOOK_AGAIN_AFTER_S", (0.001, 0.004))
+    async with house(tmp_path, compact_after_s=1000) as made:
+        back, gone = [(await made.store_of("zebra"))[0] for _ in range(2)]
+    async with house(tmp_path, compact_after_s=0.01, start=False) as made:
+        unindexed, behind, looks, recorder = made.writer.unindexed, made.writer.behind, Counter[str](), Recorder()
+
+        async def unindexed_in_the_end(store_id: str) -> int:
+            looks[store_id] += 1
+            if looks[store_id] < 5 if store_id == back else await made.reader.has_chunks(gone):
+                await full()
+            recorder.note(store_id)
+            return await unindexed(store_id)
+
+        def behind_noted(**options: Any) -> list[str]:
+            recorder.note("round")
+            return behind(**options)
+
+        monkeypatch.setattr(made.writer, "unindexed", unindexed_in_the_end)
+        monkeypatch.setattr(made.writer, "behind", behind_noted)
+        await made.ingestion.start()
+        async with asyncio.timeout(LIMIT_S):
+            while await unindexed(back):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await made.ingestion.delete_store(None, gone)
+        await recorder.until(lambda: gone in recorder.noted)
+        ended, rounds = looks.copy(), recorder.noted.count("round")
+        await recorder.until(lambda: recorder.noted.count("round") == rounds + 5)
+        assert looks == ended
+    said = [r.getMessage() for r in caplog.records if f"{back} cannot be looked at" in r.getMessage()]
+    assert [line.split(" again in ")[1] for line in said] == [
+        f"{seconds} s: OSError: disk full" for seconds in (0.001, 0.002, 0.004, 0.004)
+    ]
 
 
 class Stages(NoMetrics):
