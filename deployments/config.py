@@ -202,6 +202,9 @@ class DocumentsConfig(_Frozen):
     max_open_uploads: int = Field(
         16, ge=1, description="More at once get 429, and so does a key with more than half of them."
     )
+    min_body_bytes_per_s: int = Field(
+        1024, ge=0, description="A body that is behind by more than a minute gets 408; 0 lets it be silent so long."
+    )
     parse_workers: int = Field(2, ge=1, description="Files parsed at once, each in a process of its own.")
     parse_timeout_s: float = Field(120.0, gt=0, description="For one file.")
     parse_memory_bytes: int = Field(2 * 2**30, ge=64 * 2**20, description="Address space of each parsing process.")

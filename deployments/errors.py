@@ -130,7 +130,7 @@ class RequestTimeout(PublicError):
 
 
 class BodyStalled(PublicError):
-    """The request's body does not come. Sent again, it may."""
+    """The request's body does not come, or hardly. Sent again, it may."""
 
     status, type, code = 408, "timeout_error", "body_stalled"
 

@@ -307,7 +307,7 @@ class _Api:
 
     async def _form(self, request: Request) -> FormData:
         most = self._config.max_file_bytes
-        bounded = Request(request.scope, _bounded(request, most + _FORM_OVERHEAD_BYTES, _too_large(most)))
+        bounded = self._bounded(request, most + _FORM_OVERHEAD_BYTES, _too_large(most))
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise BadRequest("Files are uploaded as multipart/form-data, with the fields `file` and `purpose`.")
         try:
@@ -537,7 +537,7 @@ class _Api:
 
     async def _body(self, request: Request, kind: type[B]) -> B:
         too_large = PayloadTooLarge(f"The body is larger than {self._max_body_bytes} bytes.")
-        body = await Request(request.scope, _bounded(request, self._max_body_bytes, too_large)).body()
+        body = await self._bounded(request, self._max_body_bytes, too_large).body()
         try:
             return msgspec.json.decode(body or b"{}", type=kind)
         except msgspec.ValidationError as error:
@@ -548,6 +548,9 @@ class _Api:
             raise BadRequest(f"The body is wrong: {message.replace('`$.', '`')}.", param=param) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(f"The body is not valid JSON: {error}.") from None
+
+    def _bounded(self, request: Request, most: int, too_large: PublicError) -> Request:
+        return Request(request.scope, _bounded(request, most, too_large, self._config.min_body_bytes_per_s))
 
 
 def _endpoint(path: str, by_method: Mapping[str, Handler]) -> Handler:
@@ -573,21 +576,32 @@ async def _no_route(request: Request, error: Exception) -> Response:
     return JSONResponse(public.body(), public.status)
 
 
-def _bounded(request: Request, most: int, too_large: PublicError) -> Receive:
-    """Return a `receive` that gives up as soon as more than `most` bytes are announced, or have come, or none come."""
-    size = 0
+def _bounded(request: Request, most: int, too_large: PublicError, min_bytes_per_s: int) -> Receive:
+    """Return a `receive` that gives up as soon as more than `most` bytes are announced, or have come, or too few come.
+
+    A body may fall behind `min_bytes_per_s` by `_MAX_SILENCE_S`, and never gets ahead of it: a swift beginning buys no
+    slow end. Only the time that is spent waiting for the client counts.
+    """
+    size, patience_s = 0, _MAX_SILENCE_S
+    clock = asyncio.get_running_loop().time
 
     async def receive() -> Message:
-        nonlocal size
+        nonlocal size, patience_s
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > most:
             raise too_large
         try:
-            async with asyncio.timeout(_MAX_SILENCE_S):
+            since = clock()
+            async with asyncio.timeout(max(0.0, patience_s)):
                 message = await request.receive()
         except TimeoutError:
-            raise BodyStalled(f"Nothing of the body came for {_MAX_SILENCE_S:g} s.") from None
-        size += len(message.get("body", b""))
+            if patience_s == _MAX_SILENCE_S:
+                raise BodyStalled(f"Nothing of the body came for {_MAX_SILENCE_S:g} s.") from None
+            raise BodyStalled(f"The body comes more slowly than {min_bytes_per_s} bytes a second.") from None
+        came = len(message.get("body", b""))
+        if min_bytes_per_s:
+            patience_s = min(_MAX_SILENCE_S, patience_s - (clock() - since) + came / min_bytes_per_s)
+        size += came
         if size > most:
             raise too_large
         return message

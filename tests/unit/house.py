@@ -55,6 +55,7 @@ class House:
     searcher: Searcher
     reader: Reader
     writer: Writer
+    sandbox: Sandbox
     clock: Clock
 
     async def upload(self, text: str | bytes, name: str = "a.txt", owner: str | None = None) -> str:
@@ -126,7 +127,7 @@ async def house(uri: Path | str, *, embed: Any = None, start: bool = True, **opt
     searcher = Searcher(
         config, readers, metrics, embed=embed, score=own["score"], touch=own["touch"] or ingestion.touch, clock=clock
     )
-    made = House(ingestion, Catalog(readers, blobs), searcher, reader, writer, clock)
+    made = House(ingestion, Catalog(readers, blobs), searcher, reader, writer, sandbox, clock)
     if start:
         await ingestion.start()
     try:

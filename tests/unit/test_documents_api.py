@@ -406,6 +406,43 @@ async def test_an_upload_that_stalls_is_given_up_and_one_keys_leave_room_for_ano
     assert b"x-should-retry" not in dict(keyless[0].result()[0]["headers"]), "clients may try again by themselves"
 
 
+@pytest.mark.parametrize(
+    ("piece_bytes", "every_s", "least", "status"),
+    [(1, 25, 1024, 408), (30 * 1024, 25, 1024, 400), (50 * 1024, 40, 1024, 400), (1, 25, 0, 400)],
+)
+async def test_an_upload_that_trickles_is_given_up_though_it_began_swiftly_and_one_that_is_slow_is_not(
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int, every_s: float, least: int, status: int
+) -> None:
+    config = DocumentsConfig(uri="unused", max_open_uploads=1, min_body_bytes_per_s=least)
+    nobody: Any = None
+    app = documents_app(nobody, nobody, config, max_body_bytes=1000)
+    leaps, recorder = Leaps(monkeypatch), Recorder()
+    coming: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
+
+    async def receive() -> Any:
+        recorder.note("waits")
+        body, more = await coming.get()
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    coming.put_nowait((head + b"y" * 10 * 2**20, True))
+    upload = asyncio.create_task(raw_upload(app, "", receive))
+    upload.add_done_callback(lambda upload: recorder.note("has ended"))
+    for n in range(2, 12):
+        await recorder.until(lambda n=n: len(recorder.noted) >= n)  # type: ignore[misc]
+        if upload.done():
+            break
+        await leaps.over(every_s)
+        coming.put_nowait((b"y" * piece_bytes, True))
+    coming.put_nowait((b"\r\n--x--\r\n", False))
+    start, body = await asyncio.wait_for(upload, LIMIT_S)
+    error = json.loads(body["body"])["error"]
+    assert start["status"] == status, "400 is for its having no `purpose`"
+    if status == 408:
+        assert (error["type"], error["code"]) == ("timeout_error", "body_stalled")
+        assert error["message"] == "The body comes more slowly than 1024 bytes a second."
+
+
 async def test_an_upload_takes_bounded_memory(made: House, tmp_path: Path, http: httpx.AsyncClient) -> None:
     app = documents_app(made.ingestion, Reading(made), DocumentsConfig(uri=str(tmp_path)), max_body_bytes=1000)
     size = 100 * 2**20

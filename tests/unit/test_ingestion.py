@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from deployments.errors import BadRequest, DocumentsUnavailable, EngineUnavailable, NotFound, Overloaded
 from deployments.metrics import METRICS, NoMetrics
-from deployments.retrieval import ingestion
+from deployments.retrieval import compaction, indexing, ingestion
 from deployments.retrieval.parsing import Unreadable
 from deployments.retrieval.records import Attachment, Chunking, PageRequest, Ranking
 from deployments.retrieval.sandbox import Interrupted
@@ -80,10 +80,10 @@ async def test_a_broken_file_fails_with_a_reason_and_its_batch_goes_on(words: Ho
 async def test_a_passing_fault_while_a_file_is_read_delays_it_and_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(indexing, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
     recorder = Recorder()
     async with house(tmp_path, metrics=recorder, parse_workers=1) as made:
-        sandbox = made.ingestion._sandbox
+        sandbox = made.sandbox
         start, chunks, faults = sandbox._start, sandbox.chunks, ["no process", "dead halfway"]
 
         async def no_process() -> Any:
@@ -115,7 +115,7 @@ async def test_a_passing_fault_while_a_file_is_read_delays_it_and_doubles_nothin
 async def test_a_file_whose_reader_always_dies_fails_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(indexing, "_READ_AGAIN_AFTER_S", (0.001, 0.001, 0.001))
 
     async def dead(path: Any, filename: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         if filename == "deadly":
@@ -124,8 +124,8 @@ async def test_a_file_whose_reader_always_dies_fails_in_the_end(
             yield some
 
     async with house(tmp_path) as made:
-        chunks = made.ingestion._sandbox.chunks
-        monkeypatch.setattr(made.ingestion._sandbox, "chunks", dead)
+        chunks = made.sandbox.chunks
+        monkeypatch.setattr(made.sandbox, "chunks", dead)
         files = [await made.upload("zebra", name) for name in ("deadly", "good")]
         store = await made.ingestion.create_store(None, attachments=[Attachment(file) for file in files])
         members = {m.file_id: m for m in await made.indexed(store.id)}
@@ -136,7 +136,7 @@ async def test_a_file_whose_reader_always_dies_fails_in_the_end(
 async def test_a_file_that_is_to_be_read_again_keeps_no_other_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingestion, "_READ_AGAIN_AFTER_S", (3600.0,))
+    monkeypatch.setattr(indexing, "_READ_AGAIN_AFTER_S", (3600.0,))
 
     async def broken(path: Any, filename: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         if filename == "broken":
@@ -146,8 +146,8 @@ async def test_a_file_that_is_to_be_read_again_keeps_no_other_waiting(
 
     recorder = Recorder()
     async with house(tmp_path, metrics=recorder, parse_workers=1) as made:
-        chunks = made.ingestion._sandbox.chunks
-        monkeypatch.setattr(made.ingestion._sandbox, "chunks", broken)
+        chunks = made.sandbox.chunks
+        monkeypatch.setattr(made.sandbox, "chunks", broken)
         first, second = [await made.upload("zebra", name) for name in ("broken", "good")]
         await made.ingestion.create_store(None, attachments=[Attachment(first)])
         await recorder.until(lambda: recorder.counts["indexer_read_retries",] == 1)
@@ -217,7 +217,7 @@ async def test_attaching_again_in_vain_loses_nothing(tmp_path: Path, monkeypatch
         assert (await made.catalog.member(None, store, file)).status == "completed"
 
         with monkeypatch.context() as patched:
-            patched.setattr(made.ingestion, "_purge", full)
+            patched.setattr(made.ingestion._indexing, "_purge", full)
             with pytest.raises(OSError, match="disk full"):
                 await made.ingestion.attach(None, store, changed)
         await made.indexed(store)
@@ -341,7 +341,7 @@ async def test_a_text_the_embedding_model_refuses_fails_that_file_alone(tmp_path
 async def test_a_text_at_which_the_embedding_model_hangs_fails_that_file_alone_and_holds_up_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingestion, "_RETRY_S", (0.001, 0.01))
+    monkeypatch.setattr(indexing, "_RETRY_S", (0.001, 0.01))
 
     async def hanging_stub_embed(texts: Any) -> Any:
         if any("poison" in text for text in texts) or len(texts) > 40:
@@ -712,7 +712,8 @@ async def test_a_file_whose_row_is_written_though_that_fails_is_indexed(
         if table is MEMBERS and records[0].status == "in_progress":
             await full()
 
-    while words.ingestion._wake.is_set() or not words.ingestion._refilling.locked():  # noqa: ASYNC110
+    indexed = words.ingestion._indexing
+    while indexed._wake.is_set() or not indexed._refilling.locked():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     with monkeypatch.context() as patched:
         patched.setattr(words.writer, "add" if create else "put", write_and_fail)
@@ -783,7 +784,7 @@ async def half_indexed(
             await later.wait()
         return await stub_embed(texts)
 
-    monkeypatch.setattr(ingestion, "_CHUNKS_A_COMMIT", 64)
+    monkeypatch.setattr(indexing, "_CHUNKS_A_COMMIT", 64)
     async with house(folder, embed=holding_stub_embed) as made:
         written = Held(made.writer.add_chunks, done=True)
         written.go.set()
@@ -920,7 +921,9 @@ async def test_deleted_text_leaves_the_disk_though_nothing_else_happens(tmp_path
         table = tmp_path / "tables" / f"chunks_{store}.lance"
         assert mentions(table, b"confidential")
         async with asyncio.timeout(LIMIT_S):
-            while made.writer.tables_behind:  # a compaction that the deletion came before would leave a file # noqa: ASYNC110
+            # A compaction that the deletion came before would leave a file, and what one has put into the index is
+            # rewritten by the next alone.
+            while made.writer.tables_behind or made.writer._clean_at:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             await made.ingestion.delete_file(None, one)
             while mentions(table, b"confidential"):  # noqa: ASYNC110
@@ -985,6 +988,43 @@ async def test_a_table_that_cannot_be_read_at_the_start_keeps_no_other_from_comp
             while await unindexed(stores[1]):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
     assert f"{stores[0]} cannot be looked at" in caplog.text
+
+
+async def test_a_table_that_cannot_be_read_at_the_start_is_tried_ever_more_seldom_until_it_can_be_or_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compaction, "_LOOK_AGAIN_AFTER_S", (0.001, 0.004))
+    async with house(tmp_path, compact_after_s=1000) as made:
+        back, gone = [(await made.store_of("zebra"))[0] for _ in range(2)]
+    async with house(tmp_path, compact_after_s=0.01, start=False) as made:
+        unindexed, behind, looks, recorder = made.writer.unindexed, made.writer.behind, Counter[str](), Recorder()
+
+        async def unindexed_in_the_end(store_id: str) -> int:
+            looks[store_id] += 1
+            if looks[store_id] < 5 if store_id == back else await made.reader.has_chunks(gone):
+                await full()
+            recorder.note(store_id)
+            return await unindexed(store_id)
+
+        def behind_noted(**options: Any) -> list[str]:
+            recorder.note("round")
+            return behind(**options)
+
+        monkeypatch.setattr(made.writer, "unindexed", unindexed_in_the_end)
+        monkeypatch.setattr(made.writer, "behind", behind_noted)
+        await made.ingestion.start()
+        async with asyncio.timeout(LIMIT_S):
+            while await unindexed(back):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await made.ingestion.delete_store(None, gone)
+        await recorder.until(lambda: gone in recorder.noted)
+        ended, rounds = looks.copy(), recorder.noted.count("round")
+        await recorder.until(lambda: recorder.noted.count("round") == rounds + 5)
+        assert looks == ended
+    said = [r.getMessage() for r in caplog.records if f"{back} cannot be looked at" in r.getMessage()]
+    assert [line.split(" again in ")[1] for line in said] == [
+        f"{seconds} s: OSError: disk full" for seconds in (0.001, 0.002, 0.004, 0.004)
+    ]
 
 
 class Stages(NoMetrics):
