@@ -73,6 +73,9 @@ class RouterConfig(_Frozen):
     )
     page: bool = Field(True, description="Whether `/` answers with the page, with or without keys.")
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
+    min_body_bytes_per_s: int = Field(
+        1024, ge=0, description="A body that falls a minute behind gets 408; 0 limits its silence alone."
+    )
     max_items: int = Field(2048, ge=1, description="Messages, prompts, texts or tools in one request.")
     max_header_count: int = Field(100, ge=10)
     max_header_bytes: int = Field(32 * 2**10, ge=1024)
@@ -201,9 +204,6 @@ class DocumentsConfig(_Frozen):
     max_text_chars: int = Field(20_000_000, ge=1000, description="Of one file, as read from it.")
     max_open_uploads: int = Field(
         16, ge=1, description="More at once get 429, and so does a key with more than half of them."
-    )
-    min_body_bytes_per_s: int = Field(
-        1024, ge=0, description="A body that is behind by more than a minute gets 408; 0 lets it be silent so long."
     )
     parse_workers: int = Field(2, ge=1, description="Files parsed at once, each in a process of its own.")
     parse_timeout_s: float = Field(120.0, gt=0, description="For one file.")

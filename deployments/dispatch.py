@@ -29,7 +29,15 @@ from deployments.errors import (
 )
 from deployments.redaction import redacted
 from deployments.request_scope import request_scope
-from deployments.time_limits import ClientStalled, Deadline, deadline, reading, until
+from deployments.time_limits import (
+    MIN_BODY_BYTES_PER_S,
+    ClientStalled,
+    Deadline,
+    deadline,
+    keeping_up,
+    reading,
+    until,
+)
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -94,6 +102,7 @@ class Dispatcher:
         model_paths: Paths that belong to a model.
         own: The Router's own GET paths.
         lookups: Likewise, by the beginning of their paths.
+        min_body_bytes_per_s: What the body of a model's request keeps up.
         max_items: Messages, prompts, texts or tools in one request.
         mounted: Apps of their own, by the prefix of their paths; they read their bodies themselves.
         request_timeout_s: Deadline of each request; a client may ask for less.
@@ -110,6 +119,7 @@ class Dispatcher:
         *,
         lookups: Mapping[str, Lookup] | None = None,
         max_body_bytes: int,
+        min_body_bytes_per_s: int = MIN_BODY_BYTES_PER_S,
         max_items: int = 2048,
         mounted: Mapping[str, App] | None = None,
         request_timeout_s: float | None = None,
@@ -122,6 +132,7 @@ class Dispatcher:
         self._own, self._lookups = own, lookups or {}
         self._mounted = mounted or {}
         self._max_body_bytes, self._max_items = max_body_bytes, max_items
+        self._min_body_bytes_per_s = min_body_bytes_per_s
         self._request_timeout_s, self._max_unread_s = request_timeout_s, max_unread_s
         self._count = count
         self._decoder = msgspec.json.Decoder(_Peek)
@@ -215,7 +226,7 @@ class Dispatcher:
             return await app(scope, receive, send)
         if method != "POST":
             raise MethodNotAllowed(f"{path} takes POST.")
-        body = await self._read(scope, receive)
+        body = await self._read(scope, keeping_up(receive, self._min_body_bytes_per_s))
         app = await self._choose(body, receive)
         with request_scope(deadline=graceful):
             await app(scope, replay(body, receive), send)

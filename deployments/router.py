@@ -140,6 +140,7 @@ class Router:
             },
             lookups={"/v1/models/": self._find_model},
             max_body_bytes=self._config.router.max_body_bytes,
+            min_body_bytes_per_s=self._config.router.min_body_bytes_per_s,
             max_items=self._config.router.max_items,
             mounted=self._mounted(),
             request_timeout_s=self._config.router.request_timeout_s,
@@ -186,6 +187,7 @@ class Router:
             cast("RetrieverApi", self._retriever()),
             config,
             max_body_bytes=self._config.router.max_body_bytes,
+            min_body_bytes_per_s=self._config.router.min_body_bytes_per_s,
             owner_of=lambda scope: request_scope.owner(),
             key_of=lambda scope: request_scope.key(),
         )

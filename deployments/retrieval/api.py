@@ -6,7 +6,6 @@ downloads come in pieces: no file is ever in memory as a whole.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections import Counter
@@ -29,7 +28,6 @@ from deployments.dispatch import ClientGone, while_connected
 from deployments.errors import (
     OPAQUE,
     BadRequest,
-    BodyStalled,
     MethodNotAllowed,
     NotFound,
     Overloaded,
@@ -54,6 +52,7 @@ from deployments.retrieval.records import (
     VectorStore,
     VectorStoreFile,
 )
+from deployments.time_limits import MIN_BODY_BYTES_PER_S, keeping_up
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -66,7 +65,6 @@ _ALL_METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS
 _FILES_A_MESSAGE: Final = 1000
 _FORM_OVERHEAD_BYTES: Final = 2**20
 _MAX_NAME_CHARS: Final = 255
-_MAX_SILENCE_S: Final = 60.0
 _MAX_METADATA: Final = (16, 64, 512)
 
 
@@ -219,6 +217,7 @@ def documents_app(
     config: DocumentsConfig,
     *,
     max_body_bytes: int,
+    min_body_bytes_per_s: int = MIN_BODY_BYTES_PER_S,
     owner_of: OwnerOf = lambda scope: None,
     key_of: OwnerOf = lambda scope: None,
 ) -> Starlette:
@@ -229,10 +228,11 @@ def documents_app(
         retriever: Reads.
         config: Bounds.
         max_body_bytes: Of bodies other than uploads.
+        min_body_bytes_per_s: What all bodies keep up.
         owner_of: Whose files and vector stores the request may see; None for those that are nobody's.
         key_of: The name of the key that asks; None where there are no keys.
     """
-    return _Api(indexer, retriever, config, max_body_bytes, owner_of, key_of).app()
+    return _Api(indexer, retriever, config, max_body_bytes, min_body_bytes_per_s, owner_of, key_of).app()
 
 
 class _Api:
@@ -242,12 +242,13 @@ class _Api:
         retriever: RetrieverApi,
         config: DocumentsConfig,
         max_body_bytes: int,
+        min_body_bytes_per_s: int,
         owner_of: OwnerOf,
         key_of: OwnerOf,
     ) -> None:
         self._indexer, self._retriever = indexer, retriever
         self._config = config
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._min_body_bytes_per_s = max_body_bytes, min_body_bytes_per_s
         self._owner_of, self._key_of = owner_of, key_of
         self._uploads: Counter[str | None] = Counter()  # by key
 
@@ -550,7 +551,7 @@ class _Api:
             raise BadRequest(f"The body is not valid JSON: {error}.") from None
 
     def _bounded(self, request: Request, most: int, too_large: PublicError) -> Request:
-        return Request(request.scope, _bounded(request, most, too_large, self._config.min_body_bytes_per_s))
+        return Request(request.scope, _bounded(request, most, too_large, self._min_body_bytes_per_s))
 
 
 def _endpoint(path: str, by_method: Mapping[str, Handler]) -> Handler:
@@ -577,31 +578,16 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 def _bounded(request: Request, most: int, too_large: PublicError, min_bytes_per_s: int) -> Receive:
-    """Return a `receive` that gives up as soon as more than `most` bytes are announced, or have come, or too few come.
-
-    A body may fall behind `min_bytes_per_s` by `_MAX_SILENCE_S`, and never gets ahead of it: a swift beginning buys no
-    slow end. Only the time that is spent waiting for the client counts.
-    """
-    size, patience_s = 0, _MAX_SILENCE_S
-    clock = asyncio.get_running_loop().time
+    """Return a `receive` that gives up once more than `most` bytes are announced or have come, or once too few come."""
+    size, timely = 0, keeping_up(request.receive, min_bytes_per_s)
 
     async def receive() -> Message:
-        nonlocal size, patience_s
+        nonlocal size
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > most:
             raise too_large
-        try:
-            since = clock()
-            async with asyncio.timeout(max(0.0, patience_s)):
-                message = await request.receive()
-        except TimeoutError:
-            if patience_s == _MAX_SILENCE_S:
-                raise BodyStalled(f"Nothing of the body came for {_MAX_SILENCE_S:g} s.") from None
-            raise BodyStalled(f"The body comes more slowly than {min_bytes_per_s} bytes a second.") from None
-        came = len(message.get("body", b""))
-        if min_bytes_per_s:
-            patience_s = min(_MAX_SILENCE_S, patience_s - (clock() - since) + came / min_bytes_per_s)
-        size += came
+        message = await timely()
+        size += len(message.get("body", b""))
         if size > most:
             raise too_large
         return message

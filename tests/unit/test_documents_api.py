@@ -413,9 +413,9 @@ async def test_an_upload_that_stalls_is_given_up_and_one_keys_leave_room_for_ano
 async def test_an_upload_that_trickles_is_given_up_though_it_began_swiftly_and_one_that_is_slow_is_not(
     monkeypatch: pytest.MonkeyPatch, piece_bytes: int, every_s: float, least: int, status: int
 ) -> None:
-    config = DocumentsConfig(uri="unused", max_open_uploads=1, min_body_bytes_per_s=least)
+    config = DocumentsConfig(uri="unused", max_open_uploads=1)
     nobody: Any = None
-    app = documents_app(nobody, nobody, config, max_body_bytes=1000)
+    app = documents_app(nobody, nobody, config, max_body_bytes=1000, min_body_bytes_per_s=least)
     leaps, recorder = Leaps(monkeypatch), Recorder()
     coming: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
 
