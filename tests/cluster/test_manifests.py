@@ -18,21 +18,16 @@ from ray.autoscaler.sdk import get_docker_host_mount_location
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.app import assemble
-from deployments.config import LONGEST_STREAM_S, AppConfig, FleetConfig, ModelConfig
+from deployments.config import LONGEST_STREAM_S, AppConfig
 from deployments.launch import environment
 from deployments.launch.haproxy import OWN_NODE_FIRST
 from tests.cluster.manifests import CLUSTER, ROOT, crd, documents, mistakes, schema_mistakes
+from tests.serve.stub_engine import StubEngine
 
 KUBERAY = CLUSTER / "kuberay"
 MANIFESTS = ["namespace", "secrets.example", "redis", "volumes", "fetch-model", "disruption", "rayservice"]
 RAY_UP = ["aws", "on-premise"]
 SCRIPTS = Path("/opt/groundswell/.venv/bin")
-
-
-class StubEngine:
-    """A stub of the Engine, for its options alone."""
-
-    def __init__(self, model: ModelConfig, fleet: FleetConfig) -> None: ...
 
 
 def rayservice() -> dict[str, Any]:

@@ -6,14 +6,7 @@ import pytest
 
 from deployments.errors import BadRequest, Overloaded
 from deployments.fleet.admission import Admission, Places, Reservation
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.unit.recording import Clock
 
 
 def test_capacity_and_queue_are_one_bound() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from deployments import request_scope
-from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send, below_prefix, replay
+from deployments.dispatch import App, Dispatcher, Receive, Scope, Send, below_prefix, replay
+from tests.unit.asgi_client import AsgiClient
 from tests.unit.recording import LIMIT_S
 
 pytestmark = pytest.mark.asyncio
@@ -36,27 +37,11 @@ async def ask(
     chunks: list[bytes] | None = None,
     hangs_up: bool = False,
 ) -> tuple[int, Any, dict[str, str]]:
-    parts = chunks if chunks is not None else [body]
-    inbox: list[Message] = [
-        {"type": "http.request", "body": part, "more_body": i < len(parts) - 1} for i, part in enumerate(parts)
-    ]
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        if not inbox and not hangs_up:
-            await asyncio.Event().wait()
-        return inbox.pop(0) if inbox else {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    scope: Scope = {"type": "http", "method": method, "path": path, "headers": []}
-    await dispatcher(scope, receive, send)
-    if not sent:
-        return 0, None, {}
-    raw = b"".join(m.get("body", b"") for m in sent[1:])
-    headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
-    return sent[0]["status"], json.loads(raw) if raw else None, headers
+    client = AsgiClient(*([body] if chunks is None else chunks), method=method, path=path)
+    if hangs_up:
+        client.gone.set()
+    status, raw, headers = await client.ask(dispatcher)
+    return status, json.loads(raw) if raw else None, headers
 
 
 def make(models: dict[str, RecordingApp], **options: Any) -> Dispatcher:

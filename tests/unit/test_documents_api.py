@@ -19,20 +19,12 @@ from deployments.config import DocumentsConfig
 from deployments.retrieval import api
 from deployments.retrieval.api import documents_app
 from deployments.retrieval.tables import MEMBERS
+from tests.unit.asgi_client import AsgiClient
 from tests.unit.house import House, house
 from tests.unit.recording import LIMIT_S, Leaps, Recorder
+from tests.unit.retrievers import HouseRetriever
 
 pytestmark = pytest.mark.asyncio
-
-
-class Reading:
-    """The house's reading side under one name, as the Retriever has it."""
-
-    def __init__(self, made: House) -> None:
-        self._made = made
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._made.searcher if name == "search" else self._made.catalog, name)
 
 
 @pytest_asyncio.fixture
@@ -46,7 +38,7 @@ async def http(made: House, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     config = DocumentsConfig(uri=str(tmp_path), max_file_bytes=3_000_000)
     app = documents_app(
         made.ingestion,
-        Reading(made),
+        HouseRetriever(made),
         config,
         max_body_bytes=100_000,
         owner_of=lambda scope: dict(scope["headers"]).get(b"x-owner", b"").decode() or None,
@@ -344,7 +336,7 @@ async def test_a_file_beyond_the_bound_is_cut_off_with_or_without_a_length(http:
 
 
 async def test_a_batch_too_large_for_one_message_is_attached_whole_or_not_at_all(made: House, tmp_path: Path) -> None:
-    app = documents_app(made.ingestion, Reading(made), DocumentsConfig(uri=str(tmp_path)), max_body_bytes=10**7)
+    app = documents_app(made.ingestion, HouseRetriever(made), DocumentsConfig(uri=str(tmp_path)), max_body_bytes=10**7)
     store = await made.ingestion.create_store(None)
     attributes = {f"key{i}": "v" * 500 for i in range(16)}
     files = [{"file_id": await made.upload("x"), "attributes": attributes} for _ in range(150)]
@@ -359,15 +351,10 @@ async def test_a_batch_too_large_for_one_message_is_attached_whole_or_not_at_all
 
 async def raw_upload(app: Any, key: str, receive: Any) -> list[Any]:
     """Ask for an upload; return what is sent back."""
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
     headers = [(b"content-type", b"multipart/form-data; boundary=x"), (b"x-key", key.encode())]
-    scope = {"type": "http", "method": "POST", "path": "/v1/files", "query_string": b"", "headers": headers}
-    await app(scope, receive, send)
-    return sent
+    client = AsgiClient(path="/v1/files", headers=headers)
+    await app(client.scope, receive, client.send)
+    return client.sent
 
 
 async def test_an_upload_that_stalls_is_given_up_and_one_keys_leave_room_for_anothers(
@@ -444,7 +431,7 @@ async def test_an_upload_that_trickles_is_given_up_though_it_began_swiftly_and_o
 
 
 async def test_an_upload_takes_bounded_memory(made: House, tmp_path: Path, http: httpx.AsyncClient) -> None:
-    app = documents_app(made.ingestion, Reading(made), DocumentsConfig(uri=str(tmp_path)), max_body_bytes=1000)
+    app = documents_app(made.ingestion, HouseRetriever(made), DocumentsConfig(uri=str(tmp_path)), max_body_bytes=1000)
     size = 100 * 2**20
     transport = httpx.ASGITransport(app=app)
 

@@ -12,10 +12,7 @@ from deployments.app import assemble
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from models import tiny_random
-
-
-class StubEngine:
-    """A stub: only its place in the app is looked at."""
+from tests.serve.stub_engine import StubEngine
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import socket
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-import uvicorn
 
 from deployments.cli import main
 from deployments.config import DocumentsConfig
@@ -21,8 +19,8 @@ from deployments.documents_cli import Bar, Failure, Server
 from deployments.retrieval.api import documents_app
 from deployments.retrieval.records import PageRequest
 from tests.unit.house import House, house
-from tests.unit.recording import http_server
-from tests.unit.test_documents_api import Reading
+from tests.unit.retrievers import HouseRetriever
+from tests.unit.stub_server import http_server, served_by_uvicorn
 
 
 @pytest_asyncio.fixture
@@ -34,13 +32,9 @@ async def made(tmp_path: Path) -> AsyncIterator[House]:
 @pytest_asyncio.fixture
 async def url(made: House, tmp_path: Path) -> AsyncIterator[str]:
     config = DocumentsConfig(uri=str(tmp_path / "store"))
-    app: Any = documents_app(made.ingestion, Reading(made), config, max_body_bytes=100_000)
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    await serving
+    app: Any = documents_app(made.ingestion, HouseRetriever(made), config, max_body_bytes=100_000)
+    async with served_by_uvicorn(app) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 async def groundswell(*arguments: str) -> int:

@@ -17,10 +17,7 @@ from deployments.config import AppConfig
 from deployments.engine import gpus_of, has_workers_elsewhere
 from deployments.errors import ConfigError
 from deployments.outline import Outline
-
-
-class StubEngine:
-    """A stub of the Engine, for Serve to make a deployment of."""
+from tests.serve.stub_engine import StubEngine
 
 
 def options(deployment: dict[str, Any] | None = None, *, gpu: bool = True, **engine_args: Any) -> dict[str, Any]:
@@ -111,12 +108,6 @@ PLACES = re.search(r"### Where engines stand\n+(.*?)\n\n[^|]", DOCS, re.DOTALL)
 DOCUMENTED = [yaml.safe_load(code) for code in re.findall(r"`(\w+: .*?)`", PLACES[1] if PLACES else "")]
 
 
-class StubOfAny:
-    """A stub of an Engine, for its options alone."""
-
-    def __init__(self, *args: Any) -> None: ...
-
-
 class TestAsDocumented:
     """The ways to place replicas that docs/configuration.md lists are ones that the app is built with."""
 
@@ -129,7 +120,7 @@ class TestAsDocumented:
         model: dict[str, Any] = {"name": "m", "engine_args": {"model": "./m", **way.get("engine_args", {})}}
         args = {"models": [model], "router": way.get("router", {})}
         model["deployment"] = {k: v for k, v in way.items() if k not in ("engine_args", "router")}
-        app = assemble(AppConfig.parse(args), StubOfAny)
+        app = assemble(AppConfig.parse(args), StubEngine)
         router = app._bound_deployment
         (engine,) = (bound._bound_deployment for bound in router.init_args[1].values())
         if "max_replicas_per_node" in way:
@@ -147,7 +138,7 @@ class TestAsDocumented:
             "router": {"deployment": chosen},
             "documents": {"uri": "./documents", "indexer": chosen, "retriever": chosen},
         }
-        router = assemble(AppConfig.parse(args), StubOfAny)._bound_deployment
+        router = assemble(AppConfig.parse(args), StubEngine)._bound_deployment
         _, engines, documents = router.init_args
         deployments = [router, *(bound._bound_deployment for bound in (*engines.values(), *documents))]
         assert len(deployments) == 4

@@ -43,6 +43,7 @@ from deployments.metrics import NoMetrics
 from deployments.retrieval import api
 from deployments.seam.frontend import MOUNTED, token_counter
 from tests.unit.house import house
+from tests.unit.retrievers import HouseRetriever
 from tests.unit.scripted_fleet import ScriptedFleet, StubReservation, scripted_app
 
 LIMIT_S = 120
@@ -111,7 +112,7 @@ class Server:
         fleet.__class__ = _Full
         made = await self._stack.enter_async_context(house(folder / "documents"))
         self._stack.callback(client.shutdown)
-        retriever = Retriever(made)
+        retriever = HouseRetriever(made)
         config = DocumentsConfig(uri="unused", max_file_bytes=10**6)
         documents: Any = api.documents_app(made.ingestion, retriever, config, max_body_bytes=10**6)  # type: ignore[arg-type]
         limits = Limits("tiny", client.let_in, token_counter(client), 2048)
@@ -157,16 +158,6 @@ class Server:
         self.run(self._stack.aclose())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(LIMIT_S)
-
-
-class Retriever:
-    """Catalog and searcher as one, as `retriever.Retriever` puts them together."""
-
-    def __init__(self, made: Any) -> None:
-        self._made = made
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._made.searcher if name == "search" else self._made.catalog, name)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import pytest
 from deployments import request_scope
 from deployments.access.gate import Gate
 from deployments.access.keys import KeyEntry, Keys, hash_of
-from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
+from deployments.dispatch import App, Dispatcher, Receive, Scope, Send
+from tests.unit.asgi_client import AsgiClient
 from tests.unit.recording import LIMIT_S, Clock, Recorder, until
 
 pytestmark = pytest.mark.asyncio
@@ -86,23 +87,9 @@ class House:
         method: str = "POST",
         headers: Sequence[tuple[bytes, bytes]] = (),
     ) -> tuple[int, bytes, dict[str, str]]:
-        sent: list[Message] = []
-        inbox: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
-
-        async def receive() -> Message:
-            if not inbox:
-                await asyncio.Event().wait()
-            return inbox.pop(0)
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
         given = [(b"authorization", f"Bearer {key}".encode())] if key else []
-        scope: Scope = {"type": "http", "method": method, "path": path, "headers": [*given, *headers]}
         async with asyncio.timeout(LIMIT_S):
-            await self.gate(scope, receive, send)
-        answered = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
-        return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]), answered
+            return await AsgiClient(b"{}", method=method, path=path, headers=[*given, *headers]).ask(self.gate)
 
 
 async def test_anthropics_clients_hear_in_their_shape_that_there_is_no_key() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -19,22 +19,18 @@ import pytest_asyncio
 pytest.importorskip("vllm")
 
 from deployments.config import AssistantConfig, GroundingConfig
-from deployments.dispatch import App, Dispatcher, Message
+from deployments.dispatch import App, Dispatcher
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.layout import Passage, escaper, passage_id
 from deployments.metrics import NoMetrics
-from deployments.retrieval.records import Hit, Ranking
 from deployments.seam.engine_client import FleetClient
 from deployments.seam.frontend import special_tokens, token_counter
+from tests.unit.asgi_client import AsgiClient
 from tests.unit.recording import LIMIT_S
+from tests.unit.retrievers import StubRetriever, hit
 from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-def hit(passage: Passage, **attributes: Any) -> Hit:
-    place = (passage.text, passage.position, 0, len(passage.text))
-    return Hit("vs_1", passage.file_id, passage.filename, passage.score, *place, attributes)
 
 
 TIDES = Passage("file-1", "tides.md", 0, "The tide turns twice a day.", 0.9)
@@ -51,32 +47,11 @@ HANDBOOK = AssistantConfig(name="handbook", model="tiny", vector_store_ids=("vs_
 SOURCES = "\n\nSources:\n- tides.md\n- storms.md"
 
 
-class StubRetriever:
-    """A stub Retriever: finds the same for every question, or fails."""
-
-    found: Sequence[Hit] = FOUND
-    error: Exception | None = None
-
-    async def search(
-        self,
-        owner: str | None,
-        store_ids: Sequence[str],
-        queries: Sequence[str],
-        *,
-        max_results: int,
-        filters: Any,
-        ranking: Ranking,
-    ) -> Sequence[Hit]:
-        if self.error is not None:
-            raise self.error
-        return self.found
-
-
 class House:
     """vLLM's app over a scripted fleet, grounded, behind the dispatcher, and the official client in front of it."""
 
     def __init__(self, app: App, fleet: ScriptedFleet, client: FleetClient, **always: Any) -> None:
-        self.fleet, self.retriever, self.always = fleet, StubRetriever(), always
+        self.fleet, self.retriever, self.always = fleet, StubRetriever(*FOUND), always
         limits = Limits("tiny", client.let_in, token_counter(client), 2048, escaper(special_tokens(client)))
         config = GroundingConfig(output_reserve_tokens=64)
         apps = {
@@ -461,33 +436,13 @@ async def test_a_client_that_hangs_up_ends_the_generation(
 ) -> None:
     house.says(SAID)
     house.fleet.hangs = True
-    gone = asyncio.Event()
     body = json.dumps({"model": "tiny", asked: QUESTION, "tools": [TOOL], "stream": stream}).encode()
-    inbox: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        if inbox:
-            return inbox.pop(0)
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        pass
-
+    client = AsgiClient(body, path=f"/v1/{path}", headers=[(b"content-type", b"application/json")])
     house.fleet.started.clear()
-    headers = [(b"content-type", b"application/json")]
-    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": f"/v1/{path}", "headers": headers}
-    scope |= {
-        "query_string": b"",
-        "root_path": "",
-        "http_version": "1.1",
-        "scheme": "http",
-        "asgi": {"spec_version": "2.3"},
-    }
-    asking = asyncio.create_task(house.dispatcher(scope, receive, send))
+    asking = asyncio.create_task(client.ask(house.dispatcher))
     async with asyncio.timeout(LIMIT_S):
         await house.fleet.started.wait()
-        gone.set()
+        client.gone.set()
         await house.fleet.flights[-1].closed.wait()
         await asyncio.wait({asking})
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

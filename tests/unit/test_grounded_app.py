@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import pytest
 from deployments import request_scope
 from deployments.access.keys import KeyRing
 from deployments.config import AssistantConfig, GroundingConfig
-from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
+from deployments.dispatch import App, Dispatcher, Receive, Scope, Send
 from deployments.errors import BadRequest, EngineUnavailable, NotFound, Overloaded
 from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.grounding.layout import INSTRUCTIONS, Passage, passage_id
-from deployments.retrieval.records import Hit, Ranking
+from tests.unit.asgi_client import AsgiClient
 from tests.unit.recording import LIMIT_S, Recorder
+from tests.unit.retrievers import StubRetriever, hit
 
 pytestmark = pytest.mark.asyncio
 
@@ -26,47 +27,6 @@ CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 TOOL = {"type": "file_search", "vector_store_ids": ["vs_1"]}
 PASSAGE = Passage("file-1", "tides.md", 0, "The tide turns twice a day.", 0.9)
 ID = passage_id(PASSAGE)
-
-
-def hit(passage: Passage, **attributes: Any) -> Hit:
-    place = (passage.text, passage.position, 0, len(passage.text))
-    return Hit("vs_1", passage.file_id, passage.filename, passage.score, *place, attributes)
-
-
-class StubRetriever:
-    """A stub Retriever: finds what it was given, or fails as it was told."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.owners: list[str | None] = []
-        self.found: Sequence[Hit] = [hit(PASSAGE, year=2024.0)]
-        self.error: Exception | None = None
-        self.hangs = False
-        self.began = asyncio.Event()
-        self.cancelled = False
-
-    async def search(
-        self,
-        owner: str | None,
-        store_ids: Sequence[str],
-        queries: Sequence[str],
-        *,
-        max_results: int,
-        filters: Any,
-        ranking: Ranking,
-    ) -> Sequence[Hit]:
-        self.owners.append(owner)
-        self.asked.append({"stores": list(store_ids), "query": queries[0], "max": max_results, "filters": filters})
-        self.began.set()
-        if self.error is not None:
-            raise self.error
-        if self.hangs:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                self.cancelled = True
-                raise
-        return self.found
 
 
 class StubApp:
@@ -106,7 +66,8 @@ class House:
         max_model_len: int = 4000,
         **config: Any,
     ) -> None:
-        self.app, self.retriever, self.metrics = StubApp(), StubRetriever(), Recorder()
+        self.app, self.metrics = StubApp(), Recorder()
+        self.retriever = StubRetriever(hit(PASSAGE, year=2024.0))
         self.admitted: list[int] = []
         self.let_in: Callable[[int], None] = self.admitted.append
         limits = Limits("tiny", lambda n: self.let_in(n), lambda text: len(text) // 4, max_model_len)
@@ -129,26 +90,11 @@ class House:
 
     async def ask(self, body: Any, path: str = CHAT) -> tuple[int, Any, dict[str, str]]:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        inbox: list[Message] = [{"type": "http.request", "body": raw, "more_body": False}]
-        sent: list[Message] = []
-
-        async def receive() -> Message:
-            if inbox:
-                return inbox.pop(0)
-            await self.hang_up.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        headers = [(b"content-length", str(len(raw)).encode())]
+        client = AsgiClient(raw, path=path, headers=[(b"content-length", str(len(raw)).encode())])
+        client.gone = self.hang_up
         async with asyncio.timeout(LIMIT_S):
-            await self.dispatcher({"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send)
-        if not sent:
-            return 0, None, {}
-        answered = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
-        raw = b"".join(m.get("body", b"") for m in sent[1:])
-        return sent[0]["status"], json.loads(raw), answered | {"length": str(len(raw))}
+            status, answer, headers = await client.ask(self.dispatcher)
+        return status, json.loads(answer) if status else None, headers | {"length": str(len(answer))}
 
     def outcomes(self) -> list[str]:
         return [tags[2] for tags in self.metrics.counts if tags[0] == "grounding_searches"]

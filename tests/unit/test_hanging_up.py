@@ -17,8 +17,9 @@ import pytest_asyncio
 
 pytest.importorskip("vllm")
 
-from deployments.dispatch import App, Dispatcher, Message, Scope
+from deployments.dispatch import App, Dispatcher
 from deployments.seam.engine_client import FleetClient
+from tests.unit.asgi_client import AsgiClient
 from tests.unit.recording import LIMIT_S
 from tests.unit.scripted_fleet import ScriptedFleet, scripted_app
 
@@ -46,21 +47,8 @@ class House:
     def ask(self, path: str, body: dict[str, Any]) -> None:
         """Send a request as Serve does."""
         raw = json.dumps({"model": "tiny", "max_tokens": 100, **body}).encode()
-        inbox: list[Message] = [{"type": "http.request", "body": raw}]
-        self._gone = asyncio.Event()
-
-        async def receive() -> Message:
-            if inbox:
-                return inbox.pop()
-            await self._gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            pass
-
-        headers = [(b"content-type", b"application/json")]
-        scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
-        self._asking = asyncio.create_task(self.app(scope, receive, send))
+        client = AsgiClient(raw, path=path, headers=[(b"content-type", b"application/json")])
+        self._gone, self._asking = client.gone, asyncio.create_task(client.ask(self.app))
 
     async def hang_up(self, cancelled: bool) -> None:
         if cancelled:

@@ -13,7 +13,7 @@ import pytest
 
 from deployments.retrieval.parsing import Unreadable, html_text, text_of
 from tests.unit.documents import docx, pdf, zip_bomb
-from tests.unit.recording import http_server
+from tests.unit.stub_server import http_server
 
 
 def read(path: Path, data: bytes, name: str, max_chars: int = 100_000) -> str:

@@ -22,8 +22,8 @@ ROOM = 2
 
 
 @dataclass
-class FakeReplica:
-    """As much of Serve's `RunningReplica` as routing looks at. `asked` counts probes."""
+class StubReplica:
+    """A stub: as much of Serve's `RunningReplica` as routing looks at. `asked` counts probes."""
 
     name: str
     ongoing: int = 0
@@ -43,7 +43,7 @@ class FakeReplica:
         return set()
 
 
-async def router_of(*replicas: FakeReplica) -> FleetRequestRouter:
+async def router_of(*replicas: StubReplica) -> FleetRequestRouter:
     router = FleetRequestRouter(
         DEPLOYMENT,
         DeploymentHandleSource.REPLICA,
@@ -74,14 +74,14 @@ async def choose(router: FleetRequestRouter, order: tuple[int, float] = (0, 0.0)
 
 @pytest.mark.asyncio
 async def test_a_replica_that_nobody_has_heard_of_for_long_gets_the_request_without_being_asked() -> None:
-    replica = FakeReplica("a")
+    replica = StubReplica("a")
     assert await choose(await router_of(replica)) == "a"
     assert replica.asked == 0
 
 
 @pytest.mark.asyncio
 async def test_a_replica_that_refused_is_asked_again_until_it_has_room() -> None:
-    replica = FakeReplica("a", ongoing=ROOM)  # another Router's requests: nothing here tells when they end
+    replica = StubReplica("a", ongoing=ROOM)  # another Router's requests: nothing here tells when they end
     router = await router_of(replica)
     router.on_new_queue_len_info(replica.replica_id, ROOM)
     choice = asyncio.create_task(choose(router))
@@ -93,7 +93,7 @@ async def test_a_replica_that_refused_is_asked_again_until_it_has_room() -> None
 
 @pytest.mark.asyncio
 async def test_a_full_replica_is_passed_over_while_another_has_room() -> None:
-    full, free = FakeReplica("a"), FakeReplica("b")
+    full, free = StubReplica("a"), StubReplica("b")
     router = await router_of(full, free)
     router.on_new_queue_len_info(full.replica_id, ROOM)
     assert [await choose(router) for _ in range(4)] == ["b"] * 4
@@ -102,7 +102,7 @@ async def test_a_full_replica_is_passed_over_while_another_has_room() -> None:
 
 @pytest.mark.asyncio
 async def test_a_replica_that_could_not_be_reached_is_asked_before_it_gets_another() -> None:
-    replica = FakeReplica("a")
+    replica = StubReplica("a")
     router = await router_of(replica)
     router.on_replica_actor_unavailable(replica.replica_id)
     assert await choose(router) == "a"
@@ -115,7 +115,7 @@ async def test_a_replica_that_could_not_be_reached_is_asked_before_it_gets_anoth
 
 @pytest.mark.asyncio
 async def test_those_that_wait_for_an_engine_get_it_in_their_order_and_else_as_they_came() -> None:
-    replica = FakeReplica("a", ongoing=ROOM)
+    replica = StubReplica("a", ongoing=ROOM)
     router = await router_of(replica)
     router.on_new_queue_len_info(replica.replica_id, ROOM)
     served: list[str] = []
@@ -134,7 +134,7 @@ async def test_those_that_wait_for_an_engine_get_it_in_their_order_and_else_as_t
     await asyncio.gather(*waiting)
 
 
-async def two_waiting(*full: FakeReplica) -> tuple[FleetRequestRouter, list[asyncio.Task[str]]]:
+async def two_waiting(*full: StubReplica) -> tuple[FleetRequestRouter, list[asyncio.Task[str]]]:
     """Return a router of replicas without room, and two that wait for one: the first has been failed by `a`."""
     router = await router_of(*full)
     for replica in full:
@@ -146,7 +146,7 @@ async def two_waiting(*full: FakeReplica) -> tuple[FleetRequestRouter, list[asyn
 
 @pytest.mark.asyncio
 async def test_a_request_is_not_given_the_replica_that_failed_it_because_another_was_to_go_there() -> None:
-    failed, other = FakeReplica("a", ongoing=ROOM), FakeReplica("b", ongoing=ROOM)
+    failed, other = StubReplica("a", ongoing=ROOM), StubReplica("b", ongoing=ROOM)
     router, waiting = await two_waiting(failed, other)
     for replica in (failed, other):
         router.on_new_queue_len_info(replica.replica_id, 0)
@@ -157,7 +157,7 @@ async def test_a_request_is_not_given_the_replica_that_failed_it_because_another
 
 @pytest.mark.asyncio
 async def test_the_replica_that_failed_a_request_is_better_than_waiting_behind_all_others() -> None:
-    failed, full = FakeReplica("a", ongoing=ROOM), FakeReplica("b", ongoing=ROOM)
+    failed, full = StubReplica("a", ongoing=ROOM), StubReplica("b", ongoing=ROOM)
     router, waiting = await two_waiting(failed, full)
     router.on_new_queue_len_info(failed.replica_id, 0)
     router._fulfill_next_pending_request(failed)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ class Accepts:
 
 @pytest.mark.asyncio
 async def test_serve_tells_the_ticket_which_replica_has_taken_the_call() -> None:
-    replica = FakeReplica("a")
+    replica = StubReplica("a")
     replica.is_cross_language, replica.try_send_request = False, lambda *_, **__: Accepts()  # type: ignore[attr-defined]
     ledger, heard = Ledger(rng=random.Random(0)), []
     ticket = Ticket(ledger, ledger.book(10, 1), frozenset(), on_taken=heard.append)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import uvicorn
 
 from deployments import request_scope
 from deployments.dispatch import App, Dispatcher, Message, Receive, Scope, Send
 from deployments.errors import BadRequest, RequestTimeout
 from deployments.time_limits import HEADER, deadline
+from tests.unit.asgi_client import AsgiClient
 from tests.unit.recording import LIMIT_S, Leaps
+from tests.unit.stub_server import served_by_uvicorn
 
 pytestmark = pytest.mark.asyncio
 PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -55,7 +55,7 @@ async def ask(
     counted: list[tuple[str, int]] | None = None,
     limit_s: float = LIMIT_S,
     **limits: Any,
-) -> tuple[int, dict[str, str], bytes]:
+) -> tuple[int, bytes, dict[str, str]]:
     async def resolve(name: str) -> App | None:
         return app
 
@@ -63,27 +63,13 @@ async def ask(
     dispatcher = Dispatcher(
         resolve, ["m"], PATHS, {}, max_body_bytes=1000, count=lambda *what: noted.append(what), **limits
     )
-    body: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        if not body:
-            await asyncio.Event().wait()
-        return body.pop()
-
-    async def collect(message: Message) -> None:
-        sent.append(message)
-
-    scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers or []}
+    client = AsgiClient(b"{}", path=path, headers=headers or [])
     async with asyncio.timeout(limit_s):
-        await dispatcher(scope, receive, send or collect)
-    if not sent:
-        return 0, {}, b""
-    answer_headers = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
-    return sent[0]["status"], answer_headers, b"".join(message.get("body", b"") for message in sent[1:])
+        await dispatcher(client.scope, client.receive, send or client.send)
+    return client.answer
 
 
-async def ask_and_leap(app: StubApp, leaps: Leaps, *args: Any, **limits: Any) -> tuple[int, dict[str, str], bytes]:
+async def ask_and_leap(app: StubApp, leaps: Leaps, *args: Any, **limits: Any) -> tuple[int, bytes, dict[str, str]]:
     """Ask, and leap over the deadline once the app has sent what it has to send."""
     asking = asyncio.create_task(ask(app, *args, limit_s=10_000, **limits))
     async with asyncio.timeout(LIMIT_S):
@@ -130,7 +116,7 @@ async def test_before_the_first_byte_a_deadline_is_an_error_in_openais_shape(
     leaps: Leaps, limits: dict[str, Any]
 ) -> None:
     app = StubApp()
-    status, headers, body = await ask_and_leap(app, leaps, **limits)
+    status, body, headers = await ask_and_leap(app, leaps, **limits)
     assert (status, app.ended) == (408, "cancelled")
     assert headers["x-should-retry"] == "false"
     error = json.loads(body)["error"]
@@ -144,7 +130,7 @@ async def test_in_a_stream_a_deadline_is_its_last_event(leaps: Leaps, path: str)
         {"type": "http.response.start", "status": 200, "headers": SSE},
         {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
     )
-    status, _, body = await ask_and_leap(app, leaps, path, request_timeout_s=DEADLINE_S)
+    status, body, _ = await ask_and_leap(app, leaps, path, request_timeout_s=DEADLINE_S)
     assert (status, app.ended) == (200, "cancelled")
     events = body.decode().split("\n\n")
     assert events[0] == "data: {}"
@@ -157,7 +143,7 @@ async def test_an_answer_that_is_complete_gets_no_error_after_it(leaps: Leaps) -
         {"type": "http.response.start", "status": 200, "headers": SSE},
         {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False},
     )
-    _, _, body = await ask_and_leap(app, leaps, request_timeout_s=DEADLINE_S)
+    _, body, _ = await ask_and_leap(app, leaps, request_timeout_s=DEADLINE_S)
     assert (body, app.ended) == (b"data: [DONE]\n\n", "cancelled")
 
 
@@ -232,19 +218,15 @@ async def test_a_client_that_does_not_read_its_socket_is_cut_off() -> None:
         over.set()
 
     dispatcher = Dispatcher(resolve, ["m"], PATHS, {}, max_body_bytes=1000, max_unread_s=0.2, count=count)
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(dispatcher, lifespan="off", log_level="error"))
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
-    reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=2**10)
-    try:
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-length: 2\r\n\r\n{}")
-        async with asyncio.timeout(LIMIT_S):
-            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
-            await over.wait()
-    finally:
-        writer.transport.abort()
-        server.should_exit = True
-        await serving
+    async with served_by_uvicorn(dispatcher) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**10)
+        try:
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-length: 2\r\n\r\n{}")
+            async with asyncio.timeout(LIMIT_S):
+                assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+                await over.wait()
+        finally:
+            writer.transport.abort()
     assert (app.ended, counted) == ("cancelled", [(PATHS[0], 499)])
 
 

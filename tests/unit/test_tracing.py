@@ -18,13 +18,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from deployments.app import assemble
 from deployments.config import AppConfig, TracingConfig
-from deployments.dispatch import Message, Receive, Scope, Send
+from deployments.dispatch import Receive, Scope, Send
 from deployments.errors import ConfigError
 from deployments.retriever import Retriever
 from deployments.serve_calls import Calls
 from deployments.tracing import TracedApp, Tracing
 from tests.collector import Collector, over_grpc, over_http
 from tests.serve.stub_engine import StubEngine
+from tests.unit.asgi_client import AsgiClient
 from tests.unit.recording import LIMIT_S
 
 pytestmark = pytest.mark.asyncio
@@ -49,18 +50,9 @@ def bench() -> Bench:
     return Bench()
 
 
-async def ask(app: Any, path: str = "/v1/chat/completions", *, traceparent: str | None = None) -> list[Message]:
-    sent: list[Message] = []
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
+async def ask(app: Any, path: str = "/v1/chat/completions", *, traceparent: str | None = None) -> None:
     headers = [(b"accept", b"*/*")] + ([(b"traceparent", traceparent.encode())] if traceparent else [])
-    await app({"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send)
-    return sent
+    await AsgiClient(b"", path=path, headers=headers).ask(app)
 
 
 def answering(seen: list[dict[bytes, bytes]], within: Any = None) -> Any:

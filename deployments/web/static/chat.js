@@ -87,11 +87,11 @@ export class Chat {
     return h('label', { class: 'check' }, box, h('span', {}, this.#nameOf(id)), h('small', {}, store ? plural(store.file_counts.completed, 'file') : id));
   }
 
-  /** Of the stores that were asked for, those are no longer chosen of which the server says that they are not there. */
-  async #dropGone(conversation, message) {
+  /** Of the stores that were asked for, those are no longer chosen of which the server, until `signal`, says that they are not there. */
+  async #dropGone(conversation, message, signal) {
     const gone = new Set();
     for (const id of message.stores) {
-      const error = await get(`v1/vector_stores/${encodeURIComponent(id)}`).catch((failure) => failure);
+      const error = await get(`v1/vector_stores/${encodeURIComponent(id)}`, signal).catch((failure) => failure);
       if (error.status === 404) gone.add(id);
     }
     if (!gone.size) return;
@@ -306,7 +306,7 @@ export class Chat {
       else {
         if (!(error instanceof ApiError)) console.error(error);
         message.error = { kind: error.kind ?? 'page', message: error.message };
-        if (error.status === 404) await this.#dropGone(conversation, message);
+        if (error.status === 404) await this.#dropGone(conversation, message, controller.signal);
         message.state = 'failed';
         announce(explain(message.error).heading);
       }

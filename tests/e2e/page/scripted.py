@@ -22,11 +22,10 @@ from deployments.grounding.asgi import GroundedApp, Limits
 from deployments.metrics import NoMetrics
 from deployments.retrieval.api import PREFIXES, documents_app
 from deployments.web.page import Page
+from tests.unit.retrievers import HouseRetriever
 
 if TYPE_CHECKING:
     import uvicorn
-
-    from tests.unit.house import House
 
 KEY = "gs-ann-0123456789"
 START_LIMIT_S = 240
@@ -55,16 +54,6 @@ READY: dict[str, Any] = {
     ],
     "deployments": [],
 }
-
-
-class _Reading:
-    """The house's reading side under one name, as the Retriever has it."""
-
-    def __init__(self, made: House) -> None:
-        self._made = made
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._made.searcher if name == "search" else self._made.catalog, name)
 
 
 class Scripted:
@@ -130,7 +119,7 @@ class Scripted:
         )
         self.fleet = fleet
         async with house(self._folder / "documents") as made:
-            reading, documents = _Reading(made), DocumentsConfig(uri=str(self._folder / "documents"))
+            reading, documents = HouseRetriever(made), DocumentsConfig(uri=str(self._folder / "documents"))
             limits = Limits("tiny", client.let_in, token_counter(client), 2048)
             grounded = GroundedApp(app, limits, reading, GroundingConfig(search_timeout_s=30), metrics=NoMetrics())  # type: ignore[arg-type]
             stores = documents_app(

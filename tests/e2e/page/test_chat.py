@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import requests
 
 from tests.e2e.page.conftest import PHONE, Visit
 from tests.e2e.page.scripted import Scripted
+from tests.e2e.serving import wait_for
 
 Open = Callable[..., Visit]
 THINKING: Any = {"skip_special_tokens": False, "chat_template_kwargs": {"thinking": True}}
@@ -42,10 +42,8 @@ def make_store(url: str, name: str, *files: Path) -> str:
     sizes = {"max_chunk_size_tokens": 100, "chunk_overlap_tokens": 0}
     body = {"name": name, "file_ids": ids, "chunking_strategy": {"type": "static", "static": sizes}}
     store = requests.post(f"{url}/v1/vector_stores", json=body).json()["id"]
-    deadline = time.monotonic() + 60
-    while requests.get(f"{url}/v1/vector_stores/{store}").json()["status"] != "completed":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    address = f"{url}/v1/vector_stores/{store}"
+    wait_for(lambda: requests.get(address).json()["status"] == "completed", "the files are read")
     return str(store)
 
 
@@ -157,10 +155,7 @@ def test_stop_hangs_up_and_keeps_what_had_arrived(scripted_server: Scripted, vis
     tab.page.get_by_role("button", name="Stop").click()
     tab.until(answer, "stopped")
     assert answer.locator(".text").inner_text() == "The"
-    deadline = time.monotonic() + 60
-    while not scripted_server.fleet.flights[-1].closed.is_set():
-        assert time.monotonic() < deadline, "the request still holds its engine"
-        time.sleep(0.02)
+    wait_for(scripted_server.fleet.flights[-1].closed.is_set, "its engine is free")
 
 
 def test_an_engine_that_is_lost_in_mid_answer_does_not_break_it(scripted_server: Scripted, visit: Open) -> None:

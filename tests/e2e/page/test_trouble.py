@@ -150,6 +150,27 @@ def test_what_is_chosen_is_asked_for_until_the_server_says_it_is_gone(
     assert "<passage" not in scripted_server.fleet.prompts[-1]
 
 
+def test_stop_also_ends_the_search_for_stores_that_are_gone(
+    scripted_server: Scripted, visit: Open, tides: Path
+) -> None:
+    store = make_store(scripted_server.url, "stalled", tides)
+    tab = visit(scripted_server.url)
+    tab.open()
+    choose(tab, "stalled")
+    requests.delete(f"{scripted_server.url}/v1/vector_stores/{store}").raise_for_status()
+    looked_up = re.compile(f"/v1/vector_stores/{store}$")
+    tab.page.route(looked_up, lambda route: None)  # it gets no answer
+    with tab.page.expect_request(looked_up):
+        answer = tab.ask("When does the tide turn?")
+    tab.page.get_by_role("button", name="Stop").click()
+    tab.until(answer, "failed")
+    assert f"No vector store with id '{store}'." in notice(answer).inner_text()
+    assert "no longer chosen" not in notice(answer).inner_text(), "nobody has said that it is this one"
+    tab.page.unroute(looked_up)
+    answer.get_by_role("button", name="Retry").click()
+    tab.page.locator("#stores-chosen", has_text="no documents").wait_for()
+
+
 def test_while_an_engine_loads_the_wait_says_so(scripted_server: Scripted, visit: Open) -> None:
     (model,) = READY["models"]
     scripted_server.fleet_view = READY | {"models": [model | {"states": {"starting": 1}}]}
