@@ -56,7 +56,7 @@ class Level:
     passages: tuple[int, int]
     sentences: tuple[int, int]
     questions: tuple[int, int] = (1, 1)
-    unanswerable: float = 0.22
+    unanswerable: float = 0.2
     prose: float = 0.35
     nonsense: float = 0.1
 

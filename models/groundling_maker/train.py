@@ -1,10 +1,9 @@
 """Training: copying first, then questions over ever more passages. Stops anywhere and goes on from its checkpoint.
 
-    python -m models.groundling_maker.train WORK_FOLDER [--hours 0.24]
+    python -m models.groundling_maker.train WORK_FOLDER
 
-The learning rate is constant until the first decay, which begins when its time has come, or when a file named `decay`
-appears in the work folder; then it goes to nothing, and again from less (`DECAYS`). Progress is printed and written to
-`log.jsonl`.
+The learning rate is constant for `CONSTANT_STEPS` and then goes to nothing within `DECAY_STEPS`. Progress is printed
+and written to `log.jsonl`.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ DRILL_TOKENS = (2, 8)  # the fewest; more, but so many at most, where the prompt
 MUON_LR = 0.02
 ADAM_LR = 6e-3
 WARMUP_STEPS = 40
-DECAYS = ((2600, 1.0), (3000, 0.6))  # steps, and from which share of the learning rates they go to nothing
-DECAY_STEPS = sum(steps for steps, _ in DECAYS)
+CONSTANT_STEPS = 1284
+DECAY_STEPS = 5600
 OTHER_WEIGHT = 0.03  # of tokens nobody has to say, against 1 for answers
 # Of the first token of an answer, of those that tell its sentence from text that begins alike, and of the id's first.
 DECISION_WEIGHT = 4.0
@@ -316,14 +315,9 @@ def _exact(logits: Tensor, batch: Batch) -> tuple[int, int]:
     return total - len(torch.unique(answers[wrong])), total
 
 
-def decayed(steps: int) -> float:
-    """Return the share of the learning rates that is left so many steps after the first decay began."""
-    for nth, (of, share) in enumerate(DECAYS):
-        if steps < of:
-            warm = min(1.0, (steps + 1) / WARMUP_STEPS) if nth else 1.0  # it comes from nothing
-            return warm * share * (1 - steps / of)
-        steps -= of
-    return 0.0
+def learning_rate_share(step: int) -> float:
+    """Return the share of the full learning rates at a step: from nothing to all and, while decaying, back."""
+    return max(0.0, min((step + 1) / WARMUP_STEPS, 1.0, 1 - (step - CONSTANT_STEPS) / DECAY_STEPS))
 
 
 class Trainer:
@@ -343,12 +337,10 @@ class Trainer:
         self.seconds = 0.0
         self.level_started = 0
         self.recent = 0.0  # moving average of the share of answers exactly right
-        self.decay_start: int | None = None
-        self.decay_after_s = float("inf")
         self.batches: Iterator[list[Example]] = iter(())
 
     def save(self) -> None:
-        names = ("step", "level", "level_started", "tokens", "seconds", "recent", "decay_start")
+        names = ("step", "level", "level_started", "tokens", "seconds", "recent")
         state = {name: getattr(self, name) for name in names}
         state["network"] = self.network.state_dict()
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -364,35 +356,36 @@ class Trainer:
             setattr(self, name, value)
 
     @property
+    def decaying(self) -> bool:
+        return self.step >= CONSTANT_STEPS
+
+    @property
     def finished(self) -> bool:
-        return self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS
+        return self.step >= CONSTANT_STEPS + DECAY_STEPS
 
     def train_step(self) -> dict[str, float]:
         start, end = COPY_STEPS
-        is_decaying = self.decay_start is not None
-        is_last = self.decay_start is not None and self.step >= self.decay_start + DECAY_STEPS - LAST_STEPS
+        is_last = self.step >= CONSTANT_STEPS + DECAY_STEPS - LAST_STEPS
         share = max(LAST_COPY_SHARE if is_last else COPY_SHARE, 1 - (self.step - start) / (end - start))
         copied = random.Random(f"{SEED} {self.step}").random() < share
         rng = random.Random(f"{SEED} {self.step} {self.rank}")
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        count = DECAY_BATCHES if is_decaying else 1
+        count = DECAY_BATCHES if self.decaying else 1
         learned = [self._learn(copied, count, rng) for _ in range(count)]
-        means = [sum(each) / count for each in zip(*learned, strict=True)]
-        *means, stop = self._share_gradients([*means, float(self._time_is_up())])
+        means = self._share_gradients([sum(each) / count for each in zip(*learned, strict=True)])
 
-        scale = self._learning_rate_scale()
+        rate_share = learning_rate_share(self.step)
         for optimizer, rate in zip(self.optimizers, (MUON_LR, ADAM_LR), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * scale
+                group["lr"] = rate * rate_share
             optimizer.step()
         *pointed, answer_loss, exact, size = means
         self.step += 1
         self.tokens += int(size * count * PROCESSES)
         if not copied:
             self.recent += 0.03 * (exact - self.recent)
-        if stop and self.decay_start is None:
-            self.decay_start = self.step
+        if self.step == CONSTANT_STEPS:
             self.batches = iter(())
         figures = {"copy": float(copied), "answer_loss": answer_loss, "exact": exact}
         return figures if copied else figures | dict(zip(POINTED, pointed, strict=True))
@@ -441,9 +434,6 @@ class Trainer:
             parameter.grad = shared.view_as(parameter)
         return flat[-len(figures) :].tolist()
 
-    def _time_is_up(self) -> bool:
-        return self.seconds > self.decay_after_s or (self.folder / "decay").exists()
-
     def maybe_advance(self) -> None:
         old_enough = self.step - self.level_started > 100 and self.step > COPY_STEPS[0]
         if self.level < len(LEVELS) - 1 and old_enough and self.recent > ENOUGH[self.level]:
@@ -452,11 +442,6 @@ class Trainer:
             self.recent = 0.0
             self.batches = iter(())
 
-    def _learning_rate_scale(self) -> float:
-        if self.decay_start is None:
-            return min(1.0, (self.step + 1) / WARMUP_STEPS)
-        return decayed(self.step - self.decay_start)
-
     def _next_examples(self) -> list[Example]:
         while True:
             examples = next(self.batches, None)
@@ -464,7 +449,7 @@ class Trainer:
                 return examples
             rng = random.Random(f"{SEED} {self.step} {self.rank} pool")
             writer = Writer(rng, self.documents)
-            self.batches = pool(writer, self.tokenizer, self.level, self.decay_start is not None, rng)
+            self.batches = pool(writer, self.tokenizer, self.level, self.decaying, rng)
 
 
 def held_out(documents: list[list[str]], tokenizer: Any, count: int) -> dict[str, list[Batch]]:
@@ -507,14 +492,13 @@ def prepare(folder: Path) -> tuple[list[list[str]], Any]:
     return documents, tokens.load(file)
 
 
-def run(rank: int, folder: Path, hours: float) -> None:
+def run(rank: int, folder: Path) -> None:
     """Train as one of the processes; the first one measures and writes."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED + rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     documents, tokenizer = prepare(folder)
     trainer = Trainer(folder, documents, tokenizer, rank)
-    trainer.decay_after_s = hours * 3600
     if (folder / "checkpoint.pt").exists():
         trainer.resume()
     if rank > 0:
@@ -558,15 +542,14 @@ def main() -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--hours", type=float, default=0.24, help="of training before the learning rate decays")
     options = parser.parse_args()
     prepare(options.folder)
     (options.folder / "rendezvous").unlink(missing_ok=True)
-    others = [mp.Process(target=run, args=(rank, options.folder, options.hours)) for rank in range(1, PROCESSES)]
+    others = [mp.Process(target=run, args=(rank, options.folder)) for rank in range(1, PROCESSES)]
     for process in others:
         process.daemon = True
         process.start()
-    run(0, options.folder, options.hours)
+    run(0, options.folder)
     for process in others:
         process.terminate()  # it has nothing of its own to save
 

@@ -18,7 +18,17 @@ from models.groundling_maker.data import GREETING, Conversation, Level, Writer, 
 from models.groundling_maker.facts import MOST_ALIKE, Fact, FactWriter
 from models.groundling_maker.network import BLOCK, CausalAttention, Network, Shape
 from models.groundling_maker.questions import PASSAGES, QUESTIONS
-from models.groundling_maker.train import DECAYS, DRILL_TOKENS, Example, _forks, collate, decayed, encode
+from models.groundling_maker.train import (
+    CONSTANT_STEPS,
+    DECAY_STEPS,
+    DRILL_TOKENS,
+    WARMUP_STEPS,
+    Example,
+    _forks,
+    collate,
+    encode,
+    learning_rate_share,
+)
 from models.groundling_maker.words import UNSEEN_ATTRIBUTES
 
 MODEL = Path(__file__).parents[2] / "models" / "groundling"
@@ -135,13 +145,16 @@ def test_what_is_decided_is_which_sentence_and_whose(rust_tokenizer: Any) -> Non
     assert len(texts) == 3 and texts[1].strip() and texts[1].strip() in "Brill"
 
 
-def test_the_learning_rate_decays_to_nothing_twice() -> None:
-    (first, _), (second, share) = DECAYS
-    assert decayed(0) == 1.0 and decayed(first // 2) == 0.5
-    assert decayed(first - 1) < 0.001 and decayed(first + second - 1) < 0.001
-    assert decayed(first) < 0.1 * share  # it comes from nothing
-    assert decayed(first + second // 2) == share / 2
-    assert decayed(first + second) == decayed(first + second + 100) == 0.0
+def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
+    warming = [learning_rate_share(step) for step in range(WARMUP_STEPS)]
+    assert 0 < warming[0] < 0.1 and warming == sorted(warming)
+    assert warming[-1] == learning_rate_share(CONSTANT_STEPS) == 1.0
+    assert learning_rate_share(CONSTANT_STEPS + DECAY_STEPS // 2) == 0.5
+    assert (
+        learning_rate_share(CONSTANT_STEPS + DECAY_STEPS)
+        == learning_rate_share(2 * (CONSTANT_STEPS + DECAY_STEPS))
+        == 0
+    )
 
 
 def test_some_questions_have_no_answer() -> None:
