@@ -306,7 +306,8 @@ def add_to_file(path: Path, name: str, digest: str) -> None:
                 os.fchown(descriptor, stat.st_uid, stat.st_gid)
                 os.fchmod(descriptor, stat.st_mode & 0o777)
             file.write(after)
+        temporary.replace(target)
     except PermissionError:
-        temporary.unlink()
-        raise ConfigError(f"{path} belongs to somebody else: have its owner add the entry") from None
-    temporary.replace(target)
+        raise ConfigError(f"{path} could not keep its owner and group: have root or its owner add the entry") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -72,7 +72,7 @@ class Progress:
         status: The worst of the applications' statuses, in Serve's words.
         message: What Serve says about it.
         replicas: Running and wanted replicas of each deployment.
-        waiting: Sentences on deployments whose replicas find no room here.
+        waiting: Sentences on deployments whose replicas have long not begun to load: they may find no room.
     """
 
     status: str
@@ -98,12 +98,22 @@ def progress(details: Mapping[str, Any]) -> Progress:
     ill = [d["message"] for _, d in deployments if d.get("message") and d["status"] in ("DEPLOY_FAILED", "UNHEALTHY")]
     message = ill[0] if ill else worst.get("message") or ""
     waiting = tuple(
-        f"{name} waits for room: one takes {found['required']}, and {found['available']} are free here"
+        _of_room(name, found["required"], found["available"])
         for name, deployment in deployments
         if (found := _UNPLACED.search(deployment.get("message") or ""))
     )
     status = worst["status"]
     return Progress(str(getattr(status, "value", status)), message, replicas, waiting)
+
+
+def _of_room(name: str, required: str, available: str) -> str:
+    """Return what Serve knows of a replica that has not begun to load.
+
+    Its worker may just be slow to start, and hold what it takes; and of bundles Serve does not say what is free.
+    """
+    is_bundles = required.startswith("[")
+    free = "" if is_bundles else f", and {available} are free here, not counting what it may hold already"
+    return f"{name} has not begun to load: one takes {required}{free}"
 
 
 def cause(message: str) -> str:

@@ -346,9 +346,8 @@ class Ingestion:
         changed = replace(member, attributes=attributes)
         if member.status == "completed":
             await self._writer.set_attributes(store_id, file_id, attributes)
-            await self._indexing.put([changed])
-        else:
-            await self._indexing.put([changed], [member])  # what is being read is read again, with the new ones
+        # What is being read is read again, with the new ones.
+        await self._indexing.put([changed], [member] if member.status == "in_progress" else ())
         return changed
 
     @_change

@@ -416,7 +416,13 @@ class TestProgress:
         )
         assert progress(self.DETAILS).waiting == ()
         (sentence,) = progress(details).waiting
-        assert sentence == 'Engine-tiny waits for room: one takes {"CPU": 64.0}, and {"CPU": 1.5} are free here'
+        assert sentence == (
+            'Engine-tiny has not begun to load: one takes {"CPU": 64.0}, and {"CPU": 1.5} are free here, not counting '
+            "what it may hold already"
+        )
+        engine = details["applications"]["app"]["deployments"]["Engine-tiny"]
+        engine["message"] = engine["message"].replace('{"CPU": 64.0}', '[{"GPU": 1.0}]').replace('{"CPU": 1.5}', "{}")
+        assert progress(details).waiting == ('Engine-tiny has not begun to load: one takes [{"GPU": 1.0}]',)
 
     def test_finds_what_an_engine_process_has_logged_before_it_died(self, tmp_path: Path) -> None:
         lines = [

@@ -206,7 +206,7 @@ def test_a_file_whose_owner_cannot_stay_is_left_alone(tmp_path: Path, monkeypatc
     path = tmp_path / "keys.yaml"
     add_to_file(path, "a", hash_of(OLD))
     monkeypatch.setattr(os, "fchown", refuse)
-    with pytest.raises(ConfigError, match="somebody else"):
+    with pytest.raises(ConfigError, match="keep its owner and group"):
         add_to_file(path, "b", hash_of(NEW))
     assert [e.name for e in read_file(path)] == ["a"] and os.listdir(tmp_path) == [path.name]
 
