@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from deployments.errors import ConfigError
+from deployments.request_body import MIN_BYTES_PER_S
 
 ROUTER_NAME: Final = "Router"
 INDEXER_NAME: Final = "Indexer"
@@ -74,7 +75,7 @@ class RouterConfig(_Frozen):
     page: bool = Field(True, description="Whether `/` answers with the page, with or without keys.")
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     min_body_bytes_per_s: int = Field(
-        1024, ge=0, description="A body that falls a minute behind gets 408; 0 limits its silence alone."
+        MIN_BYTES_PER_S, ge=0, description="A body that falls a minute behind gets 408; 0 limits its silence alone."
     )
     max_items: int = Field(2048, ge=1, description="Messages, prompts, texts or tools in one request.")
     max_header_count: int = Field(100, ge=10)

@@ -24,20 +24,12 @@ from deployments.errors import (
     ModelNotFound,
     NotFound,
     NotSupportedByFleet,
-    PayloadTooLarge,
     PublicError,
 )
 from deployments.redaction import redacted
+from deployments.request_body import MIN_BYTES_PER_S, bounded
 from deployments.request_scope import request_scope
-from deployments.time_limits import (
-    MIN_BODY_BYTES_PER_S,
-    ClientStalled,
-    Deadline,
-    deadline,
-    keeping_up,
-    reading,
-    until,
-)
+from deployments.time_limits import ClientStalled, Deadline, deadline, reading, until
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -119,7 +111,7 @@ class Dispatcher:
         *,
         lookups: Mapping[str, Lookup] | None = None,
         max_body_bytes: int,
-        min_body_bytes_per_s: int = MIN_BODY_BYTES_PER_S,
+        min_body_bytes_per_s: int = MIN_BYTES_PER_S,
         max_items: int = 2048,
         mounted: Mapping[str, App] | None = None,
         request_timeout_s: float | None = None,
@@ -226,7 +218,7 @@ class Dispatcher:
             return await app(scope, receive, send)
         if method != "POST":
             raise MethodNotAllowed(f"{path} takes POST.")
-        body = await self._read(scope, keeping_up(receive, self._min_body_bytes_per_s))
+        body = await self._read(scope, receive)
         app = await self._choose(body, receive)
         with request_scope(deadline=graceful):
             await app(scope, replay(body, receive), send)
@@ -281,20 +273,13 @@ class Dispatcher:
             raise BadRequest(f"The body is not valid JSON: {reason}.") from None
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        too_large = PayloadTooLarge(f"The body is larger than {self._max_body_bytes} bytes.")
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > self._max_body_bytes:
-                raise too_large
+        part = bounded(scope, receive, self._max_body_bytes, min_bytes_per_s=self._min_body_bytes_per_s)
         chunks: list[bytes] = []
-        size = 0
         while True:
-            message = await receive()
+            message = await part()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > self._max_body_bytes:
-                raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)
 

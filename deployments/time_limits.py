@@ -1,6 +1,4 @@
-"""How long a request may take, how slowly its body may come, and how long its client may leave its answer unread.
-
-Pure ASGI; two timers a request, and one while its body is awaited.
+"""How long a request may take, and how long its client may leave its answer unread. Pure ASGI; two timers a request.
 
 The deadline is kept twice. `RequestScope.deadline` is for whoever knows how to end a request in its API's own words:
 the seam fails the generation there. What has not ended a moment later is cancelled here, wherever it is. Both come
@@ -16,17 +14,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from deployments.errors import BadRequest, BodyStalled, RequestTimeout
+from deployments.errors import BadRequest, RequestTimeout
 
 HEADER: Final = b"x-request-timeout-seconds"
 _MARGIN: Final = 0.1
 _LONGEST_MARGIN_S: Final = 0.5
 _LOOKS: Final = 4
-MIN_BODY_BYTES_PER_S: Final = 1024
-MAX_BODY_SILENCE_S: Final = 60.0
 
 Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
@@ -90,41 +85,6 @@ async def until(limit: Deadline | None) -> AsyncIterator[None]:
         if limit is None or not timeout.expired():
             raise
         raise limit.error from None
-
-
-def keeping_up(receive: Receive, min_bytes_per_s: int) -> Receive:
-    """Return a `receive` for a request's body that raises once the body does not keep up.
-
-    A body may fall behind `min_bytes_per_s` by `MAX_BODY_SILENCE_S`, and never gets ahead of it: a swift beginning buys
-    no slow end. Only the time that is spent waiting for the client counts. (Apache's mod_reqtimeout bounds bodies by a
-    rate, too, but gives credit.)
-
-    Args:
-        receive: ASGI's. Once the body has come, use this one again: the client may be silent as long as it likes.
-        min_bytes_per_s: 0 leaves the limit on silence alone.
-
-    Raises:
-        BodyStalled: From what is returned.
-    """
-    patience_s = MAX_BODY_SILENCE_S
-    clock = asyncio.get_running_loop().time
-
-    async def timely() -> Message:
-        nonlocal patience_s
-        since = clock()
-        try:
-            async with asyncio.timeout(max(0.0, patience_s)):
-                message = await receive()
-        except TimeoutError:
-            if patience_s == MAX_BODY_SILENCE_S:
-                raise BodyStalled(f"Nothing of the body came for {MAX_BODY_SILENCE_S:g} s.") from None
-            raise BodyStalled(f"The body comes more slowly than {min_bytes_per_s} bytes a second.") from None
-        if min_bytes_per_s:
-            gained_s = len(message.get("body", b"")) / min_bytes_per_s - (clock() - since)
-            patience_s = min(MAX_BODY_SILENCE_S, patience_s + gained_s)
-        return message
-
-    return timely
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope
+from starlette.types import Scope
 
 from deployments.config import DocumentsConfig
 from deployments.dispatch import ClientGone, while_connected
@@ -34,6 +34,7 @@ from deployments.errors import (
     PayloadTooLarge,
     PublicError,
 )
+from deployments.request_body import MIN_BYTES_PER_S, bounded
 from deployments.retrieval.batching import MESSAGE_BYTES, batches
 from deployments.retrieval.filters import checked_attributes
 from deployments.retrieval.records import (
@@ -52,7 +53,6 @@ from deployments.retrieval.records import (
     VectorStore,
     VectorStoreFile,
 )
-from deployments.time_limits import MIN_BODY_BYTES_PER_S, keeping_up
 
 logger = logging.getLogger("ray.serve.groundswell.router")
 
@@ -217,7 +217,7 @@ def documents_app(
     config: DocumentsConfig,
     *,
     max_body_bytes: int,
-    min_body_bytes_per_s: int = MIN_BODY_BYTES_PER_S,
+    min_body_bytes_per_s: int = MIN_BYTES_PER_S,
     owner_of: OwnerOf = lambda scope: None,
     key_of: OwnerOf = lambda scope: None,
 ) -> Starlette:
@@ -537,8 +537,7 @@ class _Api:
         return JSONResponse(_batch(*await self._retriever.batch(owner, params["store_id"], params["batch_id"])))
 
     async def _body(self, request: Request, kind: type[B]) -> B:
-        too_large = PayloadTooLarge(f"The body is larger than {self._max_body_bytes} bytes.")
-        body = await self._bounded(request, self._max_body_bytes, too_large).body()
+        body = await self._bounded(request, self._max_body_bytes).body()
         try:
             return msgspec.json.decode(body or b"{}", type=kind)
         except msgspec.ValidationError as error:
@@ -550,8 +549,10 @@ class _Api:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(f"The body is not valid JSON: {error}.") from None
 
-    def _bounded(self, request: Request, most: int, too_large: PublicError) -> Request:
-        return Request(request.scope, _bounded(request, most, too_large, self._min_body_bytes_per_s))
+    def _bounded(self, request: Request, most: int, too_large: PublicError | None = None) -> Request:
+        least = self._min_body_bytes_per_s
+        part = bounded(request.scope, request.receive, most, min_bytes_per_s=least, too_large=too_large)
+        return Request(request.scope, part)
 
 
 def _endpoint(path: str, by_method: Mapping[str, Handler]) -> Handler:
@@ -575,24 +576,6 @@ def _endpoint(path: str, by_method: Mapping[str, Handler]) -> Handler:
 async def _no_route(request: Request, error: Exception) -> Response:
     public = NotFound(f"There is no {request.url.path[:200]} here.")
     return JSONResponse(public.body(), public.status)
-
-
-def _bounded(request: Request, most: int, too_large: PublicError, min_bytes_per_s: int) -> Receive:
-    """Return a `receive` that gives up once more than `most` bytes are announced or have come, or once too few come."""
-    size, timely = 0, keeping_up(request.receive, min_bytes_per_s)
-
-    async def receive() -> Message:
-        nonlocal size
-        length = request.headers.get("content-length", "")
-        if length.isdigit() and int(length) > most:
-            raise too_large
-        message = await timely()
-        size += len(message.get("body", b""))
-        if size > most:
-            raise too_large
-        return message
-
-    return receive
 
 
 def _too_large(most: int) -> PublicError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -147,12 +147,10 @@ class Indexing:
 
     async def recover(self) -> None:
         """Delete what a former run has left of files that are in progress, before the loops run."""
-        begun: dict[str, list[str]] = {}
-        for member in await self._reader.select(MEMBERS, "status = 'in_progress'"):
-            begun.setdefault(member.store_id, []).append(member.file_id)
-        for store_id, file_ids in begun.items():
-            logger.info("Going on with %d files of vector store %s", len(file_ids), store_id)
-            await self._purge(store_id, file_ids)
+        begun = await self._reader.select(MEMBERS, "status = 'in_progress'")
+        for store_id, count in Counter(member.store_id for member in begun).items():
+            logger.info("Going on with %d files of vector store %s", count, store_id)
+        await self._purge(begun)
 
     @property
     def loops(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
@@ -179,13 +177,12 @@ class Indexing:
                 job.member = member
         await self._writer.put(MEMBERS, members)
         self.wake()
-        for store_id in {member.store_id for member in former}:
-            await self._purge(store_id, [member.file_id for member in former if member.store_id == store_id])
+        await self._purge(former)
 
     async def remove(self, member: VectorStoreFile) -> None:
         """Leave nothing of a file in a store: neither what is being indexed, nor its chunks, nor its row."""
         self._cancel(member)
-        await self._purge(member.store_id, [member.file_id])
+        await self._purge([member])
         await self._writer.delete(MEMBERS, row(member))
 
     async def empty(self, store_id: str) -> None:
@@ -204,7 +201,7 @@ class Indexing:
         if members := await self._reader.select(MEMBERS, where):
             for member in members:
                 self._cancel(member)
-            await self._purge(batch.store_id, [member.file_id for member in members])
+            await self._purge(members)
             await self._writer.update(MEMBERS, where, {"status": "cancelled"})
         self._cancelling.discard(batch.id)
 
@@ -224,12 +221,17 @@ class Indexing:
             job.cancelled = True
             self.wake()  # should what is to follow fail, the file is still in progress
 
-    async def _purge(self, store_id: str, file_ids: Sequence[str]) -> None:
-        for first in range(0, len(file_ids), _DELETED_TOGETHER):
-            some = file_ids[first : first + _DELETED_TOGETHER]
-            if await self._reader.has_chunks(store_id):
-                await self._writer.delete_chunks(store_id, some)
-            self._unclean -= {(store_id, file_id) for file_id in some}
+    async def _purge(self, members: Sequence[VectorStoreFile]) -> None:
+        """Leave no chunks of files in their stores."""
+        by_store: dict[str, list[str]] = {}
+        for member in members:
+            by_store.setdefault(member.store_id, []).append(member.file_id)
+        for store_id, file_ids in by_store.items():
+            for first in range(0, len(file_ids), _DELETED_TOGETHER):
+                some = file_ids[first : first + _DELETED_TOGETHER]
+                if await self._reader.has_chunks(store_id):
+                    await self._writer.delete_chunks(store_id, some)
+                self._unclean -= {(store_id, file_id) for file_id in some}
 
     # The work
 
@@ -405,7 +407,7 @@ class Indexing:
         for piece in ends:
             member, error = piece.job.member, piece.error
             if error is not None:
-                await self._purge(member.store_id, [member.file_id])
+                await self._purge([member])
                 members.append(_failed(member, error.code, error.message))
                 logger.info("File %s of %s failed: %s", member.file_id, member.store_id, error.message)
             else:

@@ -13,8 +13,10 @@ class AsgiClient:
 
     Args:
         body: Its parts.
+        ends: Whether the last of them says that it is the last.
 
     Attributes:
+        waiting: Set once all of them have been taken, and more is asked for.
         gone: To be set when the client hangs up.
     """
 
@@ -24,6 +26,7 @@ class AsgiClient:
         method: str = "POST",
         path: str = "/v1/chat/completions",
         headers: Sequence[tuple[bytes, bytes]] = (),
+        ends: bool = True,
     ) -> None:
         self.scope: Scope = {
             "type": "http",
@@ -33,14 +36,16 @@ class AsgiClient:
             "headers": list(headers),
         }
         self._inbox: list[Message] = [
-            {"type": "http.request", "body": part, "more_body": i < len(body)} for i, part in enumerate(body, start=1)
+            {"type": "http.request", "body": part, "more_body": i < len(body) or not ends}
+            for i, part in enumerate(body, start=1)
         ]
         self.sent: list[Message] = []
-        self.gone = asyncio.Event()
+        self.waiting, self.gone = asyncio.Event(), asyncio.Event()
 
     async def receive(self) -> Message:
         if self._inbox:
             return self._inbox.pop(0)
+        self.waiting.set()
         await self.gone.wait()
         return {"type": "http.disconnect"}
 

@@ -24,6 +24,7 @@ from deployments.retrieval.records import Attachment, PageRequest, VectorStoreFi
 from deployments.retrieval.sandbox import Sandbox
 from deployments.retrieval.search import Searcher
 from deployments.retrieval.writer import Writer
+from tests.unit.recording import Clock
 
 LIMIT_S = 60
 DIMENSION = 64
@@ -36,16 +37,6 @@ async def stub_embed(texts: Sequence[str]) -> Vectors:
         for word in re.findall(r"\w+", text.lower().replace("automobile", "car")):
             vectors[i, zlib.crc32(word.encode()) % DIMENSION] += 1
     return vectors + 1e-6
-
-
-class Clock:
-    """Seconds since the epoch that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass
@@ -99,7 +90,7 @@ async def house(uri: Path | str, *, embed: Any = None, start: bool = True, **opt
     """Run one over `uri`; `options` are those of `DocumentsConfig`, `score`, `touch`, `max_chunk_tokens`, `metrics`."""
     own = {key: options.pop(key, None) for key in ("score", "touch", "max_chunk_tokens", "metrics")}
     config = DocumentsConfig(uri=str(uri), embedding_model="stub" if embed else None, **options)
-    metrics, clock = own["metrics"] or NoMetrics(), Clock()
+    metrics, clock = own["metrics"] or NoMetrics(), Clock(1_700_000_000.0)
     place = (str(uri), config.storage_options)
     writer = await Writer.claim(*place, cache_bytes=2**24, language="English", metrics=metrics)
     reader = await Reader.open(*place, cache_bytes=2**24)

@@ -17,6 +17,7 @@ PURE = (
     "deployments.access.gate",
     "deployments.dispatch",
     "deployments.time_limits",
+    "deployments.request_body",
     "deployments.metrics",
     "deployments.fleet.placement",
     "deployments.fleet.admission",

@@ -81,27 +81,14 @@ async def ask_and_leap(app: StubApp, leaps: Leaps, *args: Any, **limits: Any) ->
 
 @pytest.mark.parametrize("parts", [[], [b"{"], [b"{", b"}"]])
 async def test_a_body_that_does_not_come_to_its_end_is_given_up(leaps: Leaps, parts: list[bytes]) -> None:
-    coming = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
-    waits, sent = asyncio.Event(), list[Message]()
-
-    async def receive() -> Message:
-        if coming:
-            return coming.pop(0)
-        waits.set()
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
     dispatcher = Dispatcher(lambda name: StubApp(), ["m"], PATHS, {}, max_body_bytes=1000)
-    scope: Scope = {"type": "http", "method": "POST", "path": PATHS[0], "headers": []}
-    asking = asyncio.create_task(dispatcher(scope, receive, send))
-    await asyncio.wait_for(waits.wait(), LIMIT_S)
+    client = AsgiClient(*parts, ends=False)
+    asking = asyncio.create_task(client.ask(dispatcher))
+    await asyncio.wait_for(client.waiting.wait(), LIMIT_S)
     await leaps.over(61)
-    await asyncio.wait_for(asking, LIMIT_S)
-    error = json.loads(sent[1]["body"])["error"]
-    assert (sent[0]["status"], error["type"], error["code"]) == (408, "timeout_error", "body_stalled")
+    status, body, _ = await asyncio.wait_for(asking, LIMIT_S)
+    error = json.loads(body)["error"]
+    assert (status, error["type"], error["code"]) == (408, "timeout_error", "body_stalled")
 
 
 @pytest.fixture
